@@ -1,0 +1,140 @@
+"""The Backend protocol: one implementation under test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fsdp_testkit.core.layout import Layout
+
+#: Everything that a backend may be able to express. What is missing is counted as not applicable.
+CAPABILITIES = frozenset(
+    {
+        "auto_plan",  # finds a plan by itself
+        "manual_plan",  # takes {pattern: options}
+        "reshard_per_module",  # reshard after forward may differ between modules
+        "hsdp",  # replicate x shard meshes
+        "safetensors",  # saves standard safetensors
+        "dcp",  # saves torch.distributed.checkpoint folders and reshards on load
+        "resume",  # save_training / load_training
+        "meta_init",  # claims that no rank builds or initialises a full model in vain
+        "fake",  # loads under a fake process group
+        "cpu_offload",
+        "mixed_precision",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One forward/backward of one rank.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, labels included.
+        tokens: number of label positions that the model's own mean loss averages over.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What a training step reports.
+
+    Attributes:
+        losses: this rank's own mean loss of each micro-batch, before any normalisation.
+        grad_norm: total 2-norm of the gradient over all ranks, before clipping.
+    """
+
+    losses: list[float]
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with two parameter groups: tensors of 2 or more dims decay, the others do not."""
+
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.95)
+    # large against the rounding of a gradient, so that Adam does not amplify it
+    eps: float = 1e-4
+    weight_decay: float = 0.1
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """Return the two groups over trainable parameters; an empty group is left out."""
+    decay: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for _, parameter in named:
+        if parameter.requires_grad:
+            (decay if parameter.ndim >= 2 else plain).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0, "lr": config.lr * 0.5},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """An implementation under test. Instances live on one rank, inside a job's process group."""
+
+    name: str
+    capabilities: frozenset[str]
+
+    def load(
+        self,
+        checkpoint: Path,
+        *,
+        model_class: type[nn.Module],
+        layout: Layout,
+        plan: Any,
+        dtype: torch.dtype,
+    ) -> nn.Module:
+        """Load and shard a checkpoint folder (safetensors, or a DCP folder if `dcp`) on the layout's mesh.
+
+        ``plan`` is ``"auto"`` or the kit's plan dict ``{"mode": "manual", "modules": {pattern: options}}``
+        with options ``reshard_after_forward``, ``cpu_offload``, ``mixed_precision``.
+        """
+        ...
+
+    def make_optimizer(self, model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+        """Return AdamW over the trainable parameters in the groups of `parameter_groups`."""
+        ...
+
+    def train_step(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        micro_batches: Sequence[MicroBatch],
+        normaliser: str,
+        max_norm: float,
+    ) -> StepOutput:
+        """Run forward, backward, clipping and the optimizer step, and clear the gradients."""
+        ...
+
+    def save(self, model: nn.Module, folder: Path, *, layout: str) -> None:
+        """Save weights as ``"safetensors"`` (plain ``from_pretrained`` reads it) or ``"dcp"``."""
+        ...
+
+    def save_training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path
+    ) -> None:
+        """Save optimizer, scheduler and RNG state of every rank beside the weights."""
+        ...
+
+    def load_training(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path
+    ) -> None:
+        """Restore what `save_training` wrote, in place."""
+        ...

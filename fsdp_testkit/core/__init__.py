@@ -1,0 +1,1 @@
+"""Plain data that crosses rooms and process borders. Imports the standard library and numpy only."""
