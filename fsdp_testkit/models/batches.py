@@ -1,0 +1,91 @@
+"""Batches: different for every rank, step and micro-batch, with unequal numbers of valid tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fsdp_testkit.models import rules
+from fsdp_testkit.models.build import number_from
+from fsdp_testkit.models.overrides import OVERRIDES
+
+#: Label that losses ignore.
+IGNORED = -100
+#: Further ignored labels of a rank: ``(3 * rank + step + micro) % SPREAD``, different for up to 11 ranks.
+SPREAD = 11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One forward/backward of one rank.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, labels included; all on the CPU.
+        tokens: number of label positions that the model's own mean loss averages over.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    tokens: int
+
+
+def make_batch(
+    config: Any,
+    model_class: Any,
+    *,
+    rank: int,
+    step: int,
+    micro: int,
+    seed: int,
+    batch_size: int = 2,
+    length: int = 16,
+) -> Batch:
+    """Return the batch of one rank, step and micro-batch: a function of the arguments alone.
+
+    Labels equal the input ids, except that the first position of every row is ignored. A model that shifts
+    labels drops that position anyway, so the number of valid tokens is the same whether it shifts or not.
+    Further positions are ignored in a number that depends on rank, step and micro-batch.
+
+    Args:
+        config: config of the model; its vocabulary bounds the ids.
+        model_class: class of the model; decides on extra inputs.
+        rank: global rank whose data this is.
+        step: optimizer step, from 0.
+        micro: micro-batch within the step, from 0.
+        seed: of the case.
+        batch_size: rows.
+        length: tokens in each row.
+    """
+    generator = torch.Generator().manual_seed(number_from("batch", seed, rank, step, micro))
+    words = min(vocabulary(config), rules.FIRST_PLACEHOLDER)
+    first = min(rules.FIRST_WORD, words - 2)
+    ids = torch.randint(first, words, (batch_size, length), generator=generator)
+    labels = ids.clone()
+    labels[:, 0] = IGNORED
+    free = batch_size * (length - 1)
+    ignored = min((3 * rank + step + micro) % SPREAD, free - 1)
+    chosen = torch.randperm(free, generator=generator)[:ignored]
+    labels[chosen // (length - 1), 1 + chosen % (length - 1)] = IGNORED
+    inputs = {"input_ids": ids, "labels": labels}
+    inputs.update(extra_inputs(config, model_class, batch_size, length, generator))
+    return Batch(inputs=inputs, tokens=int((labels != IGNORED).sum()))
+
+
+def vocabulary(config: Any) -> int:
+    """Return the number of token ids of a config, looking into its text part where it has one."""
+    for part in (config, getattr(config, "text_config", None), getattr(config, "decoder", None)):
+        size = getattr(part, "vocab_size", None)
+        if isinstance(size, int):
+            return size
+    return rules.VOCAB
+
+
+def extra_inputs(
+    config: Any, model_class: Any, batch_size: int, length: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Return what the forward needs beyond ids and labels."""
+    override = OVERRIDES.get(getattr(config, "model_type", ""))
+    if override is None or override.inputs is None:
+        return {}
+    return override.inputs(config, model_class, batch_size, length, generator)

@@ -1,0 +1,271 @@
+"""From a `ModelSpec` to a model: in memory with the case's weights, or on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fsdp_testkit.core.case import ModelSpec
+from fsdp_testkit.core.errors import UsageError
+from fsdp_testkit.models import adapter
+from fsdp_testkit.models.catalogue import causal_lm_types
+from fsdp_testkit.models.overrides import OVERRIDES
+from fsdp_testkit.models.tiny import tiny_config
+
+#: Standard deviation of the noise on every weight: as large as the usual initialisation, so that no weight is
+#: left at the ones and zeros that hide a lost or unsynchronised parameter.
+WEIGHT_NOISE = 0.02
+#: The same for persistent buffers. Small against the spread of a router's scores: a routing bias must be
+#: visible when it is lost and must not starve an expert.
+BUFFER_NOISE = 0.002
+
+
+def resolve(spec: ModelSpec) -> tuple[Any, Any]:
+    """Return a fresh config and the model class of a spec.
+
+    Raises:
+        UsageError: the model type, config or class cannot be found.
+    """
+    if spec.config:
+        config = _custom_config(spec)
+    else:
+        config = tiny_config(spec.model_type, tie=spec.tie, dropout=spec.dropout)
+    override = OVERRIDES.get(spec.model_type)
+    if spec.model_class:
+        return config, _imported(spec.model_class)
+    if override and not spec.config and override.config_part:
+        config = getattr(config, override.config_part)
+    if override and override.model_class:
+        return config, _imported(override.model_class)
+    try:
+        return config, adapter.causal_lm_class(config)
+    except KeyError:
+        raise UsageError(
+            f"model_type={spec.model_type!r} has no causal-LM class: give model_class='module:QualName'"
+        ) from None
+
+
+def spec_from_file(path: str | Path, *, tie: bool | None = None, dropout: float = 0.0) -> ModelSpec:
+    """Return the spec of a ``config.json`` of a causal LM.
+
+    Raises:
+        UsageError: the file is no JSON object with a causal LM's ``model_type``.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        model_type = values["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"models={str(path)!r} must be a config.json with a model_type: {error!r}") from None
+    kind = adapter.config_class(model_type)
+    return ModelSpec(
+        model_type=model_type,
+        tie=tie,
+        config=json.dumps(values, sort_keys=True),
+        config_class=f"{kind.__module__}:{kind.__qualname__}",
+        dropout=dropout,
+    )
+
+
+def build_model(spec: ModelSpec, *, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return the in-memory model of a spec, on the CPU, in training mode, deterministic from ``seed``.
+
+    Weights are initialised by the model's own rules in float32 and then get noise, so that no weight is a one
+    or a zero by construction; tied weights stay tied. The float32 values are what every dtype starts from:
+
+    * Parameters and persistent buffers are converted as ``from_pretrained(dtype=...)`` would convert a
+      float32 checkpoint: what the model keeps in float32 stays there, everything else takes ``dtype``. In
+      float64 they are the float32 values, widened.
+    * Non-persistent buffers (rotary frequencies, scales) are in no checkpoint: they are what the model's own
+      constructor computes under that default dtype, which is what any loader has to arrive at.
+
+    Raises:
+        UsageError: see `resolve`.
+    """
+    config, model_class = resolve(spec)
+    model = _construct(model_class, config, seed, torch.float32)
+    perturb(model, seed)
+    if dtype != torch.float32:
+        config, model_class = resolve(spec)
+        _convert(model, _construct(model_class, config, seed, dtype), dtype)
+    prepare_dtype(model, dtype)
+    return model.train()
+
+
+def prepare_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make the model's forward able to run in ``dtype``, in place, however the model was loaded.
+
+    The grouped matrix product of experts has no float64 kernel, so float64 models loop over their experts.
+    """
+    setter = getattr(model, "set_experts_implementation", None)
+    if dtype == torch.float64 and setter is not None:
+        setter("eager")
+
+
+def meta_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return the model of a spec on the meta device, ties in place."""
+    config, model_class = resolve(spec)
+    with torch.device("meta"):
+        return _construct(model_class, config, 0, dtype)
+
+
+def perturb(model: nn.Module, seed: int) -> None:
+    """Add noise to every floating parameter and persistent buffer, in place.
+
+    The noise of a tensor depends on ``seed`` and its name only, not on the order of the modules.
+    """
+    persistent = set(model.state_dict(keep_vars=True))
+    tensors = [(name, item, WEIGHT_NOISE) for name, item in model.named_parameters()]
+    tensors += [(name, item, BUFFER_NOISE) for name, item in model.named_buffers() if name in persistent]
+    for name, item, scale in tensors:
+        if item.is_floating_point():
+            generator = torch.Generator().manual_seed(number_from(seed, name))
+            noise = torch.randn(item.shape, generator=generator, dtype=torch.float32)
+            item.data.add_(
+                noise.to(item.dtype), alpha=scale
+            )  # .data: no graph, also where a gradient is wanted
+
+
+def tied_groups(model: nn.Module) -> list[list[str]]:
+    """Return the sorted names of each group of parameters that are one object; untied ones are left out."""
+    groups: dict[int, list[str]] = {}
+    for name, item in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(item), []).append(name)
+    return sorted(sorted(names) for names in groups.values() if len(names) > 1)
+
+
+def effective_tie(model: nn.Module) -> bool:
+    """Return whether the output embedding is the same parameter as an input embedding.
+
+    Other shared parameters (blocks that are used twice) do not count; see `tied_groups` for those.
+    """
+    heads = [module for module in (_output_embedding(model),) if module is not None]
+    weights = {id(module.weight) for module in heads if getattr(module, "weight", None) is not None}
+    if weights:
+        inside = {id(module) for module in heads}
+        return any(
+            id(item) in weights
+            for module in model.modules()
+            if id(module) not in inside
+            for item in module.parameters(recurse=False)
+        )
+    return any(any("embed" in name or "wte" in name for name in group) for group in tied_groups(model))
+
+
+@cache
+def default_variant(model_type: str) -> str:
+    """Return ``tied`` or ``untied``: what the default of ``tie_word_embeddings`` really does."""
+    return "tied" if effective_tie(meta_model(ModelSpec(model_type=model_type))) else "untied"
+
+
+def warm_modules(model_types: tuple[str, ...] | list[str]) -> list[str]:
+    """Return the modeling modules of the types, to import ahead of time; unknown types are left out."""
+    known = [name for name in model_types if name in causal_lm_types()]
+    names = [adapter.config_class(name).__module__ for name in known]
+    return list(dict.fromkeys(re_module(name) for name in names))
+
+
+def re_module(configuration: str) -> str:
+    """Return the modeling module beside a configuration module."""
+    head, _, tail = configuration.rpartition(".")
+    return f"{head}.{tail.replace('configuration_', 'modeling_', 1)}"
+
+
+def number_from(*parts: object) -> int:
+    """Return a 63-bit number that depends on all parts, equal in every process."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextlib.contextmanager
+def seeded(seed: int, dtype: torch.dtype) -> Iterator[None]:
+    """Seed all generators and set the default dtype inside; restore both outside."""
+    default, python_state, numpy_state = torch.get_default_dtype(), random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # block-sparse attention draws its blocks with numpy's global generator
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _construct(model_class: Any, config: Any, seed: int, dtype: torch.dtype) -> Any:
+    with seeded(seed, dtype):
+        return model_class(config)
+
+
+def _convert(model: nn.Module, skeleton: nn.Module, dtype: torch.dtype) -> None:
+    """Give ``model`` the dtypes of a load under ``dtype``; ``skeleton`` was constructed under it."""
+    kept = adapter.keeps_float32(skeleton, dtype)
+    persistent = set(skeleton.state_dict(keep_vars=True))
+    wanted = {name: item.dtype for name, item in skeleton.named_parameters(remove_duplicate=False)}
+    done: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in done and parameter.is_floating_point():
+            done.add(id(parameter))
+            parameter.data = parameter.data.to(torch.float32 if kept(name) else wanted[name])
+    for prefix, module in model.named_modules():
+        other = skeleton.get_submodule(prefix)
+        for leaf, buffer in list(module.named_buffers(recurse=False)):
+            name, fresh = f"{prefix}.{leaf}".lstrip("."), other.get_buffer(leaf)
+            if name not in persistent:
+                setattr(module, leaf, fresh)
+            elif buffer.is_floating_point():
+                setattr(module, leaf, buffer.to(torch.float32 if kept(name) else fresh.dtype))
+
+
+def _output_embedding(model: nn.Module) -> Any:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def _custom_config(spec: ModelSpec) -> Any:
+    kind = _imported(spec.config_class)
+    try:
+        values = json.loads(spec.config)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"config of {spec.model_type} must be JSON: {error}") from None
+    _adjust(values, spec)
+    return kind.from_dict(values)
+
+
+def _adjust(values: dict[str, Any], spec: ModelSpec) -> None:
+    """Apply the spec's tie and dropout to a config dict and its sub-configs."""
+    values["use_cache"] = False
+    for name, value in values.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            _adjust(value, spec)
+        elif "layerdrop" in name:
+            values[name] = 0.0
+        elif "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            values[name] = spec.dropout
+    if spec.tie is not None:
+        values["tie_word_embeddings"] = spec.tie
+
+
+def _imported(name: str) -> Any:
+    module, separator, qualified = name.partition(":")
+    if not separator:
+        raise UsageError(f"{name!r} must be 'module:QualName'")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in qualified.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{name!r} must be importable as 'module:QualName': {error}") from None
+    return found
