@@ -1,0 +1,158 @@
+"""The harness: owns the rank server, the store and the folder, and runs one job after the other."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from fsdp_testkit.core.errors import UsageError
+from fsdp_testkit.ranks.job import Job, JobReport
+from fsdp_testkit.ranks.link import ServerLink, open_store
+from fsdp_testkit.ranks.run import Run
+from fsdp_testkit.ranks.verdict import explain
+
+#: What the rank server imports once, so that ranks do not have to. A module that is missing is noted.
+DEFAULT_PRELOAD = (
+    "numpy",
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.tensor",
+    "torch.optim",
+)
+DETAIL = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+
+
+class Harness:
+    """Runs jobs, one after the other, each in fresh processes.
+
+    Args:
+        folder: where job folders are made; a temporary folder that `close` deletes where ``None``.
+        start_method: ``forkserver`` forks CPU ranks from a server with ``preload`` imported; ``spawn`` starts
+            a fresh interpreter for each rank. CUDA ranks are always spawned.
+        preload: names of modules.
+        grace: seconds that the other ranks get after the first failure.
+
+    Raises:
+        UsageError: a bad argument.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        start_method: Literal["forkserver", "spawn"] = "forkserver",
+        preload: Sequence[str] = DEFAULT_PRELOAD,
+        grace: float = 3.0,
+    ) -> None:
+        if start_method not in ("forkserver", "spawn"):
+            raise UsageError(f"start_method={start_method!r} must be 'forkserver' or 'spawn'")
+        if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
+            raise UsageError(f"preload={preload!r} must be a sequence of module names")
+        if not 0 <= grace <= 60:
+            raise UsageError(f"grace={grace!r} must be seconds in [0, 60]")
+        self.start_method = start_method
+        self.preload = tuple(preload)
+        self.grace = grace
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="fsdp_testkit-", dir=folder))
+        self._keeps_jobs = folder is not None
+        self._links: dict[str, ServerLink] = {}
+        self._store: tuple[Any, int] | None = None
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        self._closed = False
+        atexit.register(self.close)
+
+    def run(self, job: Job, *, explain_hangs: bool = True) -> JobReport:
+        """Run ``job`` and wait for its end: at most its deadline and 5 s, plus the second run of a hang.
+
+        Args:
+            job: what to run.
+            explain_hangs: run a hung job once more, with ``TORCH_DISTRIBUTED_DEBUG=DETAIL``, and attach what
+                that says to the failure.
+
+        Raises:
+            UsageError: the job has impossible values, or the harness is closed.
+            EnvironmentLacksError: the rank server cannot be started.
+        """
+        job.check()
+        if self._closed or os.getpid() != self._owner:
+            raise UsageError("the harness is closed, or belongs to another process")
+        with self._lock:
+            identity = uuid.uuid4().hex[:12]
+            report = self._run(job, identity, 0)
+            hung = report.failure is not None and report.failure.kind == "hang"
+            if hung and explain_hangs and job.comm in ("gloo", "nccl") and job.processes > 1:
+                assert report.failure is not None
+                second = self._run(replace(job, env={**job.env, **DETAIL}), identity, 1)
+                report.failure.explanation = explain(second.outcome, second.replies, second.failure)
+                second.discard()
+            return report
+
+    def _run(self, job: Job, identity: str, attempt: int) -> JobReport:
+        link = self._link(job)
+        needs_store = job.comm in ("gloo", "nccl") or job.processes > 1
+        if needs_store and self._store is None:
+            self._store = open_store()
+        link.wait_ready()
+        folder = self.folder / f"{identity}-{attempt}"
+        run = Run(job, identity, attempt, folder, link, self._store[1] if self._store and needs_store else 0)
+        try:
+            report = run.execute(self.grace)
+        except BaseException:  # Ctrl-C above all: nothing may be left behind, whatever interrupted the wait
+            self._drop_links()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            run.close()
+        if run.server_lost:
+            self._drop_links()
+        return report
+
+    def _link(self, job: Job) -> ServerLink:
+        method = "fork" if self.start_method == "forkserver" and job.device == "cpu" else "spawn"
+        if method not in self._links:
+            preload = self.preload if method == "fork" else ()
+            owned = "" if self._keeps_jobs else str(self.folder)
+            self._links[method] = ServerLink(method, preload, self.folder / f"server-{method}.log", owned)
+        return self._links[method]
+
+    def _drop_links(self) -> None:
+        while self._links:
+            self._links.popitem()[1].close()
+
+    def close(self) -> None:
+        """End all processes and delete what the harness made; job folders under a given ``folder`` stay."""
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._drop_links()
+        self._store = None
+        if self._keeps_jobs:
+            for log in self.folder.glob("server-*.log"):
+                log.unlink()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Harness:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

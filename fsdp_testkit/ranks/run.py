@@ -1,0 +1,324 @@
+"""One run of a job: the wait loop between the state machine and the processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fsdp_testkit.ranks import machine
+from fsdp_testkit.ranks.job import Job, JobReport, RankReply
+from fsdp_testkit.ranks.link import ONE_THREAD, ServerLink, is_stopped, loopback
+from fsdp_testkit.ranks.machine import Phase
+from fsdp_testkit.ranks.rank import REPLY_LIMIT
+from fsdp_testkit.ranks.stacks import is_consequence, native_error, sits_in, tail
+from fsdp_testkit.ranks.verdict import judge
+
+LOG_TAIL = 8000
+STACK_LIMIT = 100_000
+#: Seconds between looks at the stack files while they are being written.
+STACK_POLL = 0.03
+#: Bytes that a rank may send without completing a message.
+BUFFER_LIMIT = REPLY_LIMIT + 4096
+
+
+@dataclass(slots=True)
+class _Seat:
+    """What the parent holds for one rank."""
+
+    rank: int
+    channel: socket.socket
+    log: Path
+    stack: Path
+    started: float
+    pid: int = 0
+    buffer: bytes = b""
+    reply: dict[str, Any] = field(default_factory=dict)
+    ended: float = 0.0
+    problem: str = ""
+    stack_size: int = -1
+    kill_when_started: bool = False
+
+
+class Run:
+    """One attempt at a job; `execute` it once, then `close` it."""
+
+    def __init__(
+        self, job: Job, identity: str, attempt: int, folder: Path, link: ServerLink, port: int
+    ) -> None:
+        self.job = job
+        self.identity = identity
+        self.attempt = attempt
+        self.folder = folder
+        self.link = link
+        self.port = port
+        self.notes = list(link.problems)
+        self.server_lost = False
+        self.seats: list[_Seat] = []
+        self.pids: dict[int, _Seat] = {}
+        self.selector = selectors.DefaultSelector()
+        self.logs = folder / "logs"
+
+    def execute(self, grace: float) -> JobReport:
+        """Start the ranks, wait for their end and judge; ``grace`` in seconds."""
+        self.logs.mkdir(parents=True)
+        begun = time.monotonic()
+        self.state = machine.begin(self.job.processes, deadline=self.job.deadline, grace=grace, now=begun)
+        self.selector.register(self.link.socket, selectors.EVENT_READ, None)
+        self._start(begun)
+        while self.state.phase is not Phase.DONE:
+            wait = min(1.0, self.state.until - time.monotonic())
+            if self.state.phase is Phase.DUMPING:
+                wait = min(wait, STACK_POLL)
+            for key, _ in self.selector.select(max(0.0, wait)):
+                if key.data is None:
+                    self._hear_server()
+                else:
+                    self._hear_rank(key.data)
+            if self.state.phase is Phase.DUMPING:
+                self._look_for_stacks()
+            self._feed(machine.Tick())
+        return self._report(time.monotonic() - begun)
+
+    def close(self) -> None:
+        """Give back the file descriptors."""
+        self.selector.close()
+        for seat in self.seats:
+            seat.channel.close()
+
+    def _start(self, begun: float) -> None:
+        spec = os.memfd_create("job")  # in memory: the environment may hold secrets
+        try:
+            with open(spec, "wb", closefd=False) as file:
+                file.write(json.dumps(self._spec(begun)).encode())
+            for rank in range(self.job.processes):
+                ours, theirs = socket.socketpair()
+                log = self.logs / f"rank{rank}.log"
+                seat = _Seat(rank, ours, log, self.logs / f"rank{rank}.stack", time.monotonic())
+                self.seats.append(seat)
+                with theirs, log.open("ab") as output:
+                    self.link.start(rank, [theirs.fileno(), spec, output.fileno()])
+                ours.setblocking(False)
+                self.selector.register(ours, selectors.EVENT_READ, seat)
+        finally:
+            os.close(spec)
+
+    def _spec(self, begun: float) -> dict[str, Any]:
+        job = self.job
+        env = dict(os.environ)
+        if job.device == "cpu":
+            env |= ONE_THREAD
+        else:
+            env.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # deterministic cuBLAS; read when CUDA starts
+        if self.port and (name := loopback()):
+            env["GLOO_SOCKET_IFNAME"] = name
+        env |= {"WORLD_SIZE": str(job.world_size), "LOCAL_WORLD_SIZE": str(job.processes)}
+        # Normally the harness's deadline comes first, with the stacks of all ranks. In the run that explains a
+        # hang the group has to give up earlier: that is what makes it name the rank that is missing.
+        timeout = job.deadline / 2 if self.attempt else job.deadline + 30.0
+        return {
+            "job": self.identity,
+            "attempt": self.attempt,
+            "target": job.target,
+            "args": job.args,
+            "world_size": job.world_size,
+            "device": job.device,
+            "comm": job.comm,
+            "deadline": begun + job.deadline,
+            "group_timeout": timeout,
+            "store_port": self.port,
+            "env": env | job.env,
+            "job_env": job.env,
+            "path": sys.path,
+            "cwd": _cwd(),
+            "folder": str(self.folder),
+            "logs": str(self.logs),
+        }
+
+    def _hear_server(self) -> None:
+        message = self.link.receive()
+        if message is None:
+            self.server_lost = True
+            self.selector.unregister(self.link.socket)
+            for seat in self.seats:
+                self._hear_rank(seat)
+                seat.problem = seat.problem or "the rank server died, and its ranks with it"
+            self._feed(machine.ServerLost())
+        elif "started" in message:
+            seat = self.seats[message["started"]]
+            seat.pid = message["pid"]
+            self.pids[seat.pid] = seat
+            if seat.kill_when_started:
+                self.link.signal(seat.pid, signal.SIGKILL)
+        elif "unstarted" in message:
+            seat = self.seats[message["unstarted"]]
+            seat.problem = message["error"]
+            self._feed(machine.Unstarted(seat.rank))
+        elif message["ended"] in self.pids:
+            seat = self.pids.pop(message["ended"])
+            self._hear_rank(seat)  # what it sent before it ended comes first
+            seat.ended = time.monotonic()
+            self._feed(machine.Exited(seat.rank, message["code"]))
+
+    def _hear_rank(self, seat: _Seat) -> None:
+        while seat.channel.fileno() >= 0:
+            try:
+                data = seat.channel.recv(1 << 18)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:  # its end is told by the server
+                with contextlib.suppress(KeyError):
+                    self.selector.unregister(seat.channel)
+                return
+            *lines, seat.buffer = (seat.buffer + data).split(b"\n")
+            for line in lines:
+                self._take(seat, line)
+            if len(seat.buffer) > BUFFER_LIMIT:
+                self.notes.append(
+                    f"rank {seat.rank} sent more than {BUFFER_LIMIT} bytes: its channel was closed"
+                )
+                seat.problem = "its reply was longer than a reply may be"
+                self.selector.unregister(seat.channel)
+                seat.channel.close()
+
+    def _take(self, seat: _Seat, line: bytes) -> None:
+        problem = ""
+        reply: Any = None
+        try:
+            reply = json.loads(line)
+        except ValueError:
+            problem = "is no JSON"
+        else:
+            problem = self._objection(seat, reply)
+        if problem:
+            self.notes.append(f"a reply on the channel of rank {seat.rank} was discarded: it {problem}")
+        elif not seat.reply:
+            # A late one is noted by the state machine and must not change the report.
+            if self.state.ranks[seat.rank].status == "running":
+                seat.reply = reply
+            self._feed(machine.Replied(seat.rank, reply["status"]))
+
+    def _objection(self, seat: _Seat, reply: Any) -> str:
+        if not isinstance(reply, dict):
+            return "is no JSON object"
+        tag = (reply.get("job"), reply.get("rank"), reply.get("attempt"))
+        if tag != (self.identity, seat.rank, self.attempt):
+            return f"belongs to (job, rank, attempt) = {tag}"
+        if (
+            reply.get("status") not in ("ok", "raised", "skipped")
+            or type(reply.get("observations", 0)) is not int
+        ):
+            return "has no valid status or number of observations"
+        numbers = (reply.get("at"), reply.get("seconds"), reply.get("ready"))
+        texts = (reply.get("error", ""), reply.get("traceback", ""))
+        if not all(isinstance(item, float | int) for item in numbers) or not all(
+            isinstance(item, str) for item in texts
+        ):
+            return "has fields of wrong types"
+        return ""
+
+    def _feed(self, event: machine.Event) -> None:
+        self.state, actions = machine.step(self.state, event, time.monotonic())
+        for action in actions:
+            if isinstance(action, machine.Abandon):
+                self.server_lost = True
+                continue
+            for rank in action.ranks:
+                self._act(action, self.seats[rank])
+
+    def _act(self, action: machine.Release | machine.Dump | machine.Kill, seat: _Seat) -> None:
+        if isinstance(action, machine.Release):
+            with contextlib.suppress(OSError):
+                seat.channel.send(b"e")
+        elif isinstance(action, machine.Kill):
+            seat.kill_when_started = not seat.pid
+            if seat.pid:
+                self.link.signal(seat.pid, signal.SIGKILL)
+        elif seat.pid:
+            self.link.signal(seat.pid, signal.SIGUSR1)
+            if is_stopped(seat.pid):
+                self.notes.append(
+                    f"rank {seat.rank} was in the stopped state (SIGSTOP); continued for its stack"
+                )
+                self.link.signal(seat.pid, signal.SIGCONT)
+
+    def _look_for_stacks(self) -> None:
+        for seat in self.seats:
+            size = seat.stack.stat().st_size if seat.stack.exists() else 0
+            # faulthandler writes no end mark: complete is what does not grow between two looks.
+            if size > 0 and size == seat.stack_size:
+                self._feed(machine.Dumped(seat.rank))
+            seat.stack_size = size
+
+    def _report(self, seconds: float) -> JobReport:
+        replies = [self._reply(seat) for seat in self.seats]
+        times = [
+            float(seat.reply.get("at", 0.0)) or self.state.ranks[seat.rank].settled_at or float("inf")
+            for seat in self.seats
+        ]
+        outcome, failure = judge(self.job, replies, times)
+        return JobReport(
+            outcome=outcome,
+            replies=replies,
+            failure=failure,
+            notes=[*self.notes, *self.state.notes],
+            seconds=seconds,
+            folder=self.folder,
+            skip_reason=replies[0].error if outcome == "skipped" else "",
+        )
+
+    def _reply(self, seat: _Seat) -> RankReply:
+        known, sent = self.state.ranks[seat.rank], seat.reply
+        log = tail(seat.log, LOG_TAIL)
+        stack = tail(seat.stack, STACK_LIMIT) if known.status in ("hung", "stopped") else ""
+        collective, place = sits_in(stack) if stack else ("", "")
+        error = str(sent.get("error", "")) or seat.problem
+        if known.status == "died":
+            error = error or native_error(log)
+        elif known.status in ("hung", "stopped"):
+            error = place
+        by_signal = known.code is not None and known.code < 0
+        ended = seat.ended or time.monotonic()
+        return RankReply(
+            rank=seat.rank,
+            status=known.status,
+            value=sent.get("value"),
+            observations=sent.get("observations", 0),
+            seconds=sent.get("seconds", ended - seat.started),
+            ready_seconds=sent.get("ready", 0.0),
+            exitcode=None if by_signal else known.code,
+            signal=_signal_name(-known.code) if known.code is not None and by_signal else "",
+            error=error,
+            traceback=str(sent.get("traceback", "")),
+            stderr=log,
+            stack=stack,
+            collective=collective,
+            consequence=known.status in ("raised", "died") and is_consequence(error),
+            log=seat.log,
+        )
+
+
+def _cwd() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError:  # deleted under us
+        return "/"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,123 @@
+"""Reads what a rank left behind: Python stacks from ``faulthandler``, native error text in its log."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Texts of errors that follow from the end of another rank. Collected from gloo, NCCL and TCPStore.
+_CONSEQUENCE = re.compile(
+    r"connection (was likely )?closed|connection reset by peer|connection refused|broken pipe|socket closed"
+    r"|failed to recv, got 0 bytes|remote process exited|ncclRemoteError|remote rank exited"
+    r"|received errors while waiting for send/recv|connectFullMesh failed",
+    re.IGNORECASE,
+)
+_FRAME = re.compile(r'^  File "(.+)", line (\d+|\?\?\?) in (.+)$')
+_WRAPPERS = frozenset({"wrapper", "inner", "decorate_context", "_fn", "func_wrapper", "__call__"})
+_C10D = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
+_OWN = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One line of a stack."""
+
+    file: str
+    line: str
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.function} ({Path(self.file).name}:{self.line})"
+
+
+def is_consequence(text: str) -> bool:
+    """Tell whether an error text says that another rank went away."""
+    return _CONSEQUENCE.search(text) is not None
+
+
+def threads(stack: str) -> list[list[Frame]]:
+    """Return the threads of a dump, the one that got the signal first, with innermost frames first."""
+    found: list[tuple[bool, list[Frame]]] = []
+    for line in stack.splitlines():
+        if line.startswith(("Thread ", "Current thread ")):
+            found.append((line.startswith("Current"), []))
+        elif (match := _FRAME.match(line)) and found:
+            found[-1][1].append(Frame(*match.groups()))
+    return [frames for _, frames in sorted(found, key=lambda item: not item[0]) if frames]
+
+
+def sits_in(stack: str) -> tuple[str, str]:
+    """Find what a rank waits for.
+
+    Args:
+        stack: a faulthandler dump.
+
+    Returns:
+        (collective, place): the call into ``torch.distributed`` that it is inside of, or ``""``, and the
+        innermost frame outside torch and this package, or ``""``.
+    """
+    every = threads(stack)
+    collective = ""
+    place = ""
+    for frames in every:
+        collective = collective or _collective(frames)
+        place = place or next((str(item) for item in frames if not _is_torch(item) and not _is_own(item)), "")
+    return collective, place
+
+
+def _collective(frames: list[Frame]) -> str:
+    # Only frames of torch at the inner end count: a sleep in user code under a hook is no collective.
+    inner: list[Frame] = []
+    for item in frames:
+        if not _is_torch(item):
+            break
+        inner.append(item)
+    for index, item in enumerate(inner):
+        if not item.file.endswith(_C10D):
+            continue
+        best = item
+        for outer in inner[index:]:
+            if not outer.file.endswith(_C10D):
+                break
+            if outer.function not in _WRAPPERS:
+                best = outer
+        return str(best)
+    return next((str(item) for item in inner if "torch/distributed/" in item.file), "")
+
+
+def _is_torch(frame: Frame) -> bool:
+    return "/torch/" in frame.file
+
+
+def _is_own(frame: Frame) -> bool:
+    return frame.file.startswith(_OWN)
+
+
+def native_error(log: str) -> str:
+    """Return the line of a log that says why the process ended: C++ exception, fatal error, or the like."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for index, line in enumerate(lines):
+        if line.startswith("terminate called"):
+            what = next((item for item in lines[index + 1 : index + 4] if item.startswith("what():")), "")
+            return f"{line} {what}".strip()
+    for line in lines:
+        if line.startswith("Fatal Python error"):
+            return line
+    for line in reversed(lines):
+        if re.search(r"\b(error|exception|abort|assert\w*|check failed|killed)\b", line, re.IGNORECASE):
+            return line
+    return ""
+
+
+def tail(path: Path, size: int) -> str:
+    """Return the last ``size`` bytes of a file as text, ``""`` where it is missing."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            length = file.tell()
+            file.seek(max(0, length - size))
+            text = file.read(size).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return text if length <= size else f"...{text}"

@@ -1,0 +1,187 @@
+"""From what is known of each rank to the verdict: which rank failed first, why, and an account to read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fsdp_testkit.ranks.job import Job, JobFailure, RankReply, _indent
+
+_SILENT = ("raised", "died", "lost")
+STDERR_SHOWN = 15
+
+
+def judge(job: Job, replies: Sequence[RankReply], times: Sequence[float]) -> tuple[str, JobFailure | None]:
+    """Decide the outcome of a job.
+
+    Args:
+        job: what was asked for.
+        replies: one per process; ``consequence`` is set here.
+        times: when the fate of each rank was decided, on one clock.
+
+    Returns:
+        (outcome, failure) as in `JobReport`.
+    """
+    if all(reply.status == "skipped" for reply in replies):
+        return "skipped", None
+    idle = [item.rank for item in replies if item.status == "ok" and item.observations < job.min_observations]
+    if all(reply.status == "ok" for reply in replies) and not idle:
+        return "passed", None
+    kind, first, sentence = _cause(job, replies, times, idle)
+    summary = f"{job.title}: {sentence}"
+    return "failed", JobFailure(kind=kind, first_rank=first, summary=summary, text=_account(replies, first))
+
+
+def _cause(
+    job: Job, replies: Sequence[RankReply], times: Sequence[float], idle: list[int]
+) -> tuple[str, int, str]:
+    count = len(replies)
+    broken = [reply for reply in replies if reply.status in _SILENT]
+    roots = [reply for reply in broken if not reply.consequence]
+    if not roots and any(reply.status in ("hung", "stopped", "skipped") for reply in replies):
+        roots = broken
+    if broken:
+        for reply in broken:
+            reply.consequence = reply.consequence and bool(roots) and reply not in roots
+        # A death is noticed a little later than the errors that it causes elsewhere.
+        first = min(roots or broken, key=lambda reply: times[reply.rank] - 0.05 * (reply.status == "died"))
+        first.consequence = False
+        return _kind(first), first.rank, f"rank {first.rank} of {count} {_deed(first)}"
+    hung = [reply for reply in replies if reply.status == "hung"]
+    if hung:
+        return _hang(job, replies, hung)
+    skipped = [reply for reply in replies if reply.status == "skipped"]
+    if skipped:
+        lone = skipped[0]
+        others = _names([reply.rank for reply in replies if reply.status != "skipped"])
+        reason = f" ({_line(lone.error)})" if lone.error else ""
+        return (
+            "lone_skip",
+            lone.rank,
+            f"{_names([reply.rank for reply in skipped])} skipped{reason}, {others} did not",
+        )
+    found = replies[idle[0]].observations
+    made = "no observation" if found == 0 else f"{found} of at least {job.min_observations} observations"
+    return "no_observation", idle[0], f"{_names(idle)} of {count} reported success but made {made}"
+
+
+def _hang(job: Job, replies: Sequence[RankReply], hung: list[RankReply]) -> tuple[str, int, str]:
+    # Who waits in a collective waits for somebody: the rank that is elsewhere is the one to look at.
+    elsewhere = [reply for reply in hung if not reply.collective]
+    returned = [reply.rank for reply in replies if reply.status in ("ok", "skipped")]
+    first = (elsewhere or hung)[0].rank
+    parts = [
+        f"{_names([item.rank])} {_place(item)}" for item in sorted(hung, key=lambda item: item.rank != first)
+    ]
+    if returned:
+        parts.append(f"{_names(returned)} had returned")
+        if not elsewhere:
+            first = returned[0]
+    silent = _names([reply.rank for reply in hung])
+    return (
+        "hang",
+        first,
+        f"no reply from {silent} of {len(replies)} within {job.deadline:g} s: {'; '.join(parts)}",
+    )
+
+
+def _place(reply: RankReply) -> str:
+    if reply.collective:
+        return f"waits in {reply.collective}"
+    if reply.stack:
+        return f"is at {reply.error}" if reply.error else "is in Python code of its own"
+    return "wrote no stack"
+
+
+def _kind(reply: RankReply) -> str:
+    if reply.status == "raised":
+        return "exception"
+    if reply.status == "lost":
+        return "lost"
+    return "signal" if reply.signal else "exit"
+
+
+def _deed(reply: RankReply) -> str:
+    detail = f": {_line(reply.error)}" if reply.error else ""
+    if reply.status == "raised":
+        return f"raised {_line(reply.error)}"
+    if reply.status == "skipped":
+        return f"skipped{detail}"
+    if reply.status == "lost":
+        return f"was lost{detail}"
+    if reply.status == "died":
+        if reply.signal:
+            hint = " (out of memory?)" if reply.signal == "SIGKILL" and not detail else ""
+            return f"was ended by {reply.signal} before it replied{hint}{detail}"
+        return f"exited with status {reply.exitcode} before it replied{detail}"
+    if reply.status == "hung":
+        return f"did not reply by the deadline; it {_place(reply)}"
+    if reply.status == "stopped":
+        return f"was stopped after the failure; it {_place(reply)}"
+    return f"returned after {reply.seconds:.2f} s with {reply.observations} observations"
+
+
+def _account(replies: Sequence[RankReply], first: int) -> str:
+    groups: dict[str, list[RankReply]] = {}
+    for reply in sorted(
+        replies, key=lambda item: (item.rank != first, item.status == "ok", item.consequence)
+    ):
+        body = _body(reply)
+        deed = _deed(reply)
+        # Ports, addresses and times differ from rank to rank in what is the same traceback.
+        same = re.sub(r"0x[0-9a-f]+|[0-9]+", "#", deed + body)
+        key = f"{reply.rank if reply.rank == first else ''}|{reply.status}|{same}"
+        groups.setdefault(key, []).append(reply)
+    parts = []
+    for members in groups.values():
+        lead = members[0]
+        mark = " (a consequence of another rank's end)" if lead.consequence else ""
+        mark = " <- look here first" if lead.rank == first else mark
+        text = f"{_names([item.rank for item in members])} {_deed(lead)}{mark}"
+        body = _body(lead)
+        parts.append(f"{text}\n{_indent(body)}" if body else text)
+    logs = [f"  rank {reply.rank}: {reply.log}" for reply in replies if reply.log is not None]
+    return "\n\n".join([*parts, "logs:\n" + "\n".join(logs)] if logs else parts)
+
+
+def _body(reply: RankReply) -> str:
+    if reply.status in ("ok", "skipped"):
+        return ""
+    parts = [reply.traceback.rstrip(), reply.stack.rstrip()]
+    if reply.status in ("died", "hung", "stopped") and reply.stderr.strip():
+        lines = reply.stderr.rstrip().splitlines()[-STDERR_SHOWN:]
+        parts.append("last output:\n" + _indent("\n".join(lines)))
+    return "\n".join(part for part in parts if part)
+
+
+def _names(ranks: Sequence[int]) -> str:
+    """Return ``rank 1`` or ``ranks 0-2, 5``."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    spans = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(spans)}"
+
+
+def _line(text: str) -> str:
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return first if len(first) <= 300 else first[:300] + "..."
+
+
+def explain(kind: str, replies: Sequence[RankReply], failure: JobFailure | None) -> str:
+    """Return what the second run, with collective checking, says about a hang of the first."""
+    named = [
+        reply.error.strip()
+        for reply in replies
+        if re.search(r"mismatch between collectives|monitoredBarrier|collective", reply.error)
+        and not reply.consequence
+    ]
+    if named:
+        unique = {re.sub(r"\d+", "#", text): text for text in named}
+        return "\n".join(text[:2000] for text in unique.values())
+    if failure is None:
+        return f"the second run did not hang ({kind}): the hang depends on timing"
+    return failure.summary[:2000]
