@@ -69,9 +69,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
 
 
-def parameter_groups(
-    named: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig
-) -> list[dict[str, Any]]:
+def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return the two groups over trainable parameters; an empty group is left out."""
     decay: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
@@ -127,14 +125,10 @@ class Backend(Protocol):
         """Save weights as ``"safetensors"`` (plain ``from_pretrained`` reads it) or ``"dcp"``."""
         ...
 
-    def save_training(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path
-    ) -> None:
+    def save_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
         """Save optimizer, scheduler and RNG state of every rank beside the weights."""
         ...
 
-    def load_training(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path
-    ) -> None:
+    def load_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
         """Restore what `save_training` wrote, in place."""
         ...

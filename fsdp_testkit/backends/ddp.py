@@ -1,0 +1,51 @@
+"""DDP on real ranks: the second oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fsdp_testkit.backends.loop import TrainingLoop
+from fsdp_testkit.core.errors import InternalError
+from fsdp_testkit.core.layout import Layout
+
+
+class DDPBackend(TrainingLoop):
+    """A full model on every rank, gradients averaged by ``DistributedDataParallel``."""
+
+    name = "ddp"
+    capabilities: frozenset[str] = frozenset()
+
+    def load(
+        self,
+        checkpoint: Path,
+        *,
+        model_class: type[nn.Module],
+        layout: Layout,
+        plan: Any,
+        dtype: torch.dtype,
+    ) -> nn.Module:
+        """Load the whole checkpoint with plain ``from_pretrained`` on each rank and wrap it."""
+        del plan
+        loader: Any = model_class
+        model = loader.from_pretrained(str(checkpoint), dtype=dtype)
+        if layout.device == "cuda":
+            model = model.to("cuda")
+        # unused parameters (towers, cross attention, top-k indexers) are normal in text-only steps
+        return DistributedDataParallel(model, find_unused_parameters=True)
+
+    def save(self, model: nn.Module, folder: Path, *, layout: str) -> None:
+        """Not offered: the oracle saves nothing."""
+        raise InternalError("the DDP oracle saves nothing")
+
+    def save_training(self, model: nn.Module, optimizer: Any, scheduler: Any, folder: Path) -> None:
+        """Not offered: the oracle saves nothing."""
+        raise InternalError("the DDP oracle saves nothing")
+
+    def load_training(self, model: nn.Module, optimizer: Any, scheduler: Any, folder: Path) -> None:
+        """Not offered: the oracle saves nothing."""
+        raise InternalError("the DDP oracle saves nothing")

@@ -1,0 +1,217 @@
+"""The engine: runs one test of one model and returns its result rows."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fsdp_testkit.core.case import Case, ModelSpec
+from fsdp_testkit.core.errors import UsageError
+from fsdp_testkit.core.finding import Finding, Verdict
+from fsdp_testkit.core.layout import Layout
+from fsdp_testkit.core.result import Result
+from fsdp_testkit.core.versions import check_supported
+from fsdp_testkit.engine.catalogue_of_tests import TESTS
+from fsdp_testkit.engine.work import OracleFailedError, SpecWork
+from fsdp_testkit.ranks import Harness
+
+#: Modules that every rank needs: imported once in the server that ranks are forked from.
+PRELOAD = (
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.checkpoint.hf_storage",
+    "torch.distributed.tensor.experimental",
+    "torch.nn.parallel",
+    "torch.optim.lr_scheduler",
+    "torch.testing._internal.distributed.fake_pg",
+    "transformers.modeling_utils",
+    "transformers.masking_utils",
+    "transformers.modeling_rope_utils",
+    "transformers.generation",
+    "transformers.integrations",
+    "transformers.models.auto.modeling_auto",
+    "fsdp_testkit.scenarios.train",
+    "fsdp_testkit.scenarios.truth",
+    "fsdp_testkit.scenarios.saving",
+    "fsdp_testkit.scenarios.resume",
+    "fsdp_testkit.scenarios.meta",
+    "fsdp_testkit.scenarios.structure",
+    "fsdp_testkit.backends.reference",
+    "fsdp_testkit.backends.ddp",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How tests are run.
+
+    Attributes:
+        backend: ``reference``, ``transformers`` or ``package.module:Class``.
+        device: ``cpu`` or ``cuda``.
+        start_method: ``forkserver`` or ``spawn``.
+        seed: of weights, batches and dropout.
+        deadline: seconds for one job.
+        fault: ``module:Class`` armed in every job of the backend, or ``""``.
+        folder: where work files go; a temporary folder by default.
+    """
+
+    backend: str = "reference"
+    device: str = "cpu"
+    start_method: str = "forkserver"
+    seed: int = 0
+    deadline: float = 60.0
+    fault: str = ""
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"device={self.device!r} must be 'cpu' or 'cuda'")
+        if self.start_method not in ("forkserver", "spawn"):
+            raise UsageError(f"start_method={self.start_method!r} must be 'forkserver' or 'spawn'")
+        if not self.deadline > 0 or self.deadline == float("inf"):
+            raise UsageError(f"deadline={self.deadline} must be a positive, finite number of seconds")
+
+
+class Engine:
+    """Runs tests. Cheap to build; ranks' server and folder appear with the first test.
+
+    Work shared by the tests of a model is kept until a test of another model is asked for.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._harness: Harness | None = None
+        self._folder: Path | None = None
+        self._works: dict[ModelSpec, SpecWork] = {}
+        self._count = 0
+
+    def run_test(self, spec: ModelSpec, test: str, variant: str) -> list[Result]:
+        """Run one test of one model in one variant.
+
+        Args:
+            spec: the model; its ``tie`` is replaced by the variant's.
+            test: a key of `TESTS`.
+            variant: ``untied``, ``tied`` or ``default``.
+
+        Returns:
+            one row or more; a model that fails gives rows that say so.
+
+        Raises:
+            UsageError: unknown test or variant.
+            EnvironmentLacksError: torch or transformers is missing or of an unsupported version.
+        """
+        from fsdp_testkit.engine.tests import PROCEDURES, Outcome
+
+        if test not in TESTS:
+            raise UsageError(f"test={test!r} must be one of {', '.join(TESTS)}")
+        if variant not in ("untied", "tied", "default"):
+            raise UsageError(f"variant={variant!r} must be 'untied', 'tied' or 'default'")
+        tie = {"untied": False, "tied": True, "default": None}[variant]
+        spec = replace(spec, tie=tie)
+        procedure: Callable[[Engine, SpecWork], list[Outcome]] = PROCEDURES[test]
+        started = time.monotonic()
+        try:
+            missing = self._missing_capabilities(test)
+            outcomes = (
+                [Outcome.not_applicable(f"backend {self.settings.backend} cannot express: {', '.join(missing)}")]
+                if missing
+                else procedure(self, self._work(spec))
+            )
+        except OracleFailedError as error:
+            outcomes = [Outcome.error(str(error))]
+        except UsageError:
+            raise
+        except Exception:  # whatever breaks in the parent is an error of this row, not of the session
+            outcomes = [Outcome.error(traceback.format_exc())]
+        seconds = (time.monotonic() - started) / len(outcomes)
+        return [outcome.to_result(spec, test, variant, self.settings, seconds) for outcome in outcomes]
+
+    def run_case(self, case: Case) -> list[Result]:
+        """Run the test that a replay case names, with the case's backend, seed and fault.
+
+        Raises:
+            UsageError: the case names no test.
+        """
+        test = case.option("test")
+        if test not in TESTS:
+            raise UsageError(f"case names test={test!r}; it must be one of {', '.join(TESTS)}")
+        settings = replace(self.settings, backend=case.backend, seed=case.seed, fault=case.fault)
+        other = Engine(replace(settings, device=case.layout.device))
+        try:
+            rows = other.run_test(case.model, test, case.model.variant)
+        finally:
+            other.close()
+        same = [row for row in rows if row.layout == str(case.layout)]
+        return same or rows
+
+    def close(self) -> None:
+        """End the ranks' server and delete all work files."""
+        self._forget()
+        if self._harness is not None:
+            self._harness.close()
+            self._harness = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def case(self, work: SpecWork, test: str, layout: Layout, **fields: object) -> Case:
+        """Return a case of the backend under test with this engine's settings."""
+        layout = self._placed(layout)
+        case = Case(
+            model=work.spec,
+            layout=layout,
+            backend=self.settings.backend,
+            seed=self.settings.seed,
+            fault=self.settings.fault,
+        )
+        return replace(case, **fields).with_options(test=test)  # type: ignore[arg-type]
+
+    def _placed(self, layout: Layout) -> Layout:
+        if self.settings.device == "cpu":
+            return layout
+        from fsdp_testkit.ranks import pick_comm
+
+        import torch
+
+        comm, _ = pick_comm("cuda", layout.world_size, torch.cuda.device_count())
+        return replace(layout, device="cuda", comm=comm)
+
+    def _missing_capabilities(self, test: str) -> list[str]:
+        from fsdp_testkit.backends.registry import make_backend
+
+        return sorted(TESTS[test].needs - make_backend(self.settings.backend).capabilities)
+
+    def _work(self, spec: ModelSpec) -> SpecWork:
+        if spec in self._works:
+            return self._works[spec]
+        if any(replace(known, tie=None) != replace(spec, tie=None) for known in self._works):
+            self._forget()
+        if self._harness is None:
+            check_supported()
+            self._folder = Path(tempfile.mkdtemp(prefix="fsdp_testkit-", dir=self.settings.folder))
+            self._harness = Harness(self._folder / "jobs", start_method=self.settings.start_method, preload=PRELOAD)
+        assert self._folder is not None
+        self._count += 1
+        folder = self._folder / f"model{self._count}"
+        self._works[spec] = SpecWork(
+            self._harness, spec, seed=self.settings.seed, folder=folder, deadline=self.settings.deadline
+        )
+        return self._works[spec]
+
+    def _forget(self) -> None:
+        for work in self._works.values():
+            work.close()
+        self._works.clear()
+
+
+def fault_findings(verdict: Verdict, hits: int | None) -> None:
+    """An armed fault that was never hit proves nothing: say so."""
+    if hits is not None:
+        verdict.expect(
+            hits > 0, Finding(check="fault_hits", message="the armed fault was never hit: this run proves nothing")
+        )

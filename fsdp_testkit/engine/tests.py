@@ -1,0 +1,432 @@
+"""One procedure per test: which cases are run and which checks judge them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from fsdp_testkit.checks.buffers import check_buffers, check_dtypes
+from fsdp_testkit.checks.meta import check_meta_init
+from fsdp_testkit.checks.resume import check_resume
+from fsdp_testkit.checks.saving import (
+    check_buffers_kept,
+    check_files,
+    check_loading_info,
+    check_reload,
+    check_trained,
+    trained_weights,
+)
+from fsdp_testkit.checks.structure import check_structure
+from fsdp_testkit.checks.training import check_initial
+from fsdp_testkit.core.case import Case, ModelSpec
+from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.core.finding import Finding, Verdict
+from fsdp_testkit.core.layout import Layout
+from fsdp_testkit.core.result import Result
+from fsdp_testkit.engine.judge import decide_rounding, judge_training, needs_fp64
+from fsdp_testkit.engine.work import Run, SpecWork
+
+if TYPE_CHECKING:
+    from fsdp_testkit.engine.engine import Engine, Settings
+
+FSDP2 = Layout(kind="fsdp", shard=2)
+HSDP = Layout(kind="hsdp", replicate=2, shard=2)
+#: Structure at sizes that the machine need not have, under a fake process group.
+CLAIMED = (
+    Layout(kind="fsdp", shard=3, comm="fake"),
+    Layout(kind="fsdp", shard=8, comm="fake"),
+    Layout(kind="hsdp", replicate=2, shard=4, comm="fake"),
+)
+#: Clipping is really active in the last of five steps (asserted), and measured only in the others.
+MAX_NORMS = (0.0, 0.0, 0.0, 0.0, 0.02)
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What a procedure found for one layout."""
+
+    layout: str = ""
+    verdict: Verdict = field(default_factory=Verdict.empty)
+    case: Case | None = None
+    outcome: str = ""
+    reason: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def not_applicable(cls, reason: str) -> Outcome:
+        """Return an outcome for what the backend or the model cannot express."""
+        return cls(outcome="not_applicable", reason=reason)
+
+    @classmethod
+    def error(cls, text: str) -> Outcome:
+        """Return an outcome for a failure outside the implementation under test."""
+        lines = [line for line in text.strip().splitlines() if line.strip()]
+        return cls(outcome="error", reason=lines[0] if lines else "error", extra={"report": text})
+
+    def to_result(self, spec: ModelSpec, test: str, variant: str, settings: Settings, seconds: float) -> Result:
+        """Return the row."""
+        findings = self.verdict.findings
+        replay = f"python -m fsdp_testkit replay '{self.case.to_json()}'" if self.case is not None else ""
+        compared = self.verdict.tensors > 0
+        return Result(
+            model_type=spec.model_type,
+            test=test,
+            variant=variant,
+            layout=self.layout,
+            backend=settings.backend,
+            outcome=self.outcome or ("failed" if findings else "passed"),
+            reason=self.reason or (findings[0].message if findings else ""),
+            seconds=round(seconds, 4),
+            max_abs_error=self.verdict.max_abs_error if compared else None,
+            max_rel_error=self.verdict.max_rel_error if compared else None,
+            tolerance=self.verdict.tolerance if compared else None,
+            checks=self.verdict.checks,
+            tensors=self.verdict.tensors,
+            findings=[finding.to_dict() | {"replay": replay} for finding in findings[:50]],
+            extra=self.extra
+            | ({"case": json.loads(self.case.to_json())} if self.case is not None else {})
+            | ({"findings_total": len(findings)} if findings else {}),
+        )
+
+
+def sharding_structure(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """Structure on two real ranks, and claimed at 3, 8 and 2 x 4 under a fake group."""
+    cases = prepare(engine, work)
+    if same := ignored_tie(work, cases[0]):
+        return [same]
+    tree = work.truth(cases[0]).facts["tree"]
+    case = replace(cases[0], options=()).with_options(test="sharding_structure")
+    run = work.train(case)
+    outcomes = [judged(case, run, lambda: check_structure(run.get(), tree, case.layout))]
+    if "fake" not in capabilities(engine):
+        reason = f"backend {case.backend} cannot load under a fake process group"
+        return [*outcomes, *(replace_layout(Outcome.not_applicable(reason), layout) for layout in CLAIMED)]
+    claims = [replace(case, layout=layout, scenario="structure") for layout in CLAIMED]
+    fake = work.job(
+        "structure:run",
+        {"cases": [claim.to_json() for claim in claims], "checkpoint": str(work.checkpoint)},
+        CLAIMED[0],
+        name=f"{work.spec.model_type} claimed structure",
+    )
+    for index, claim in enumerate(claims):
+        found = [items[0] for name, items in fake.evidence.items() if name.startswith(f"fake{index}_")]
+        outcomes.append(
+            judged(claim, fake, lambda found=found, claim=claim: check_structure(found, tree, claim.layout))
+        )  # type: ignore[misc]
+    return outcomes
+
+
+def buffers_dtypes(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """Buffers and dtypes after a load in fp32 and in bf16."""
+    case = auto_case(engine, work, "buffers_dtypes")
+    cases = prepare(engine, work)
+    truth = work.truth(cases[0])
+    run = work.train(case)
+    outcome = judged(case, run, lambda: check_buffers(run.get(), truth).add(check_dtypes(run.get(), truth)))
+    half = replace(case, dtype="bfloat16", steps=0)
+    truth_half = work.truth(half)
+    run_half = work.train(half)
+    outcome_half = judged(
+        half,
+        run_half,
+        lambda: (
+            check_buffers(run_half.get(), truth_half)
+            .add(check_dtypes(run_half.get(), truth_half))
+            .add(check_initial(run_half.get(), truth_half, half))
+        ),
+    )
+    outcome.verdict.add(outcome_half.verdict)
+    if outcome_half.verdict.findings and not outcome.case:
+        outcome.case = half
+    outcome.extra |= outcome_half.extra
+    return [outcome]
+
+
+def auto_vs_ddp(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """The automatic plan on two ranks."""
+    return training(engine, work, auto_case(engine, work, "auto_vs_ddp"))
+
+
+def manual_vs_ddp(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """A manual plan with mixed options, nested units and frozen parameters, on two ranks."""
+    outcomes = training(engine, work, manual_case(engine, work))
+    case = manual_case(engine, work)
+    run = work.train(case)
+    if not run.failure and not outcomes[0].outcome:
+        frozen_tree = work.truth(case).facts["tree"]
+        for name in frozen_names(work.truth(case)):
+            frozen_tree["parameters"][name]["requires_grad"] = True  # the structure is read before freezing
+        outcomes[0].verdict.add(check_structure(run.get(), frozen_tree, case.layout))
+    return outcomes
+
+
+def hsdp_vs_ddp(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """The automatic plan on a 2 x 2 mesh."""
+    case = hsdp_case(engine, work)
+    outcomes = training(engine, work, case)
+    run = work.train(case)
+    if not run.failure and not outcomes[0].outcome:
+        outcomes[0].verdict.add(check_structure(run.get(), work.truth(case).facts["tree"], case.layout))
+    return outcomes
+
+
+def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """Train, save as safetensors, open the files, load on 2 ranks, 3 ranks and with plain transformers."""
+    cases = prepare(engine, work)
+    if same := ignored_tie(work, cases[0]):
+        return [same]
+    case = replace(auto_case(engine, work, "save_load"), scenario="save", steps=2).with_options(format="safetensors")
+    folder, reference = work.fresh_folder("saved"), work.fresh_folder("ordinary")
+    saved = work.job(
+        "saving:save",
+        {"case": case.to_json(), "checkpoint": str(work.checkpoint), "folder": str(folder)},
+        case.layout,
+        name=f"{work.spec.model_type} save",
+    )
+    if saved.failure:
+        return [judged(case, saved, Verdict.empty)]
+    full = trained_weights(saved.get(), case.layout)
+    tied = is_tied(work.truth(cases[0]))
+    outcome = judged(
+        case,
+        saved,
+        lambda: (
+            check_trained(saved.get())
+            .add(check_reload(saved.get("reloaded"), full, case.layout, "on 2 ranks"))
+            .add(check_buffers_kept(saved.get()[0], saved.get("reloaded"), "on 2 ranks"))
+        ),
+    )
+    plain = work.job(
+        "saving:plain",
+        {"case": case.to_json(), "folder": str(folder), "reference": str(reference)},
+        Layout(kind="single"),
+        name=f"{work.spec.model_type} plain reload",
+    )
+    single = Layout(kind="single")
+    outcome.verdict.add(
+        judged(
+            case,
+            plain,
+            lambda: (
+                check_files(folder, reference, tied)
+                .add(check_loading_info(plain.get()[0]))
+                .add(check_reload(plain.get(), full, single, "with plain from_pretrained"))
+                .add(check_buffers_kept(saved.get()[0], plain.get(), "with plain from_pretrained"))
+            ),
+        ).verdict
+    )
+    outcome.verdict.add(load_elsewhere(work, case, folder, full, ["fsdp(3)"]))
+    return [outcome]
+
+
+def dcp(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """Save a DCP folder on 2 ranks, load it on 1, 2 and 4 ranks and on 2 x 2."""
+    cases = prepare(engine, work)
+    case = replace(auto_case(engine, work, "dcp"), scenario="save", steps=2).with_options(format="dcp")
+    del cases
+    folder = work.fresh_folder("dcp")
+    saved = work.job(
+        "saving:save",
+        {"case": case.to_json(), "checkpoint": str(work.checkpoint), "folder": str(folder)},
+        case.layout,
+        name=f"{work.spec.model_type} dcp save",
+    )
+    if saved.failure:
+        return [judged(case, saved, Verdict.empty)]
+    full = trained_weights(saved.get(), case.layout)
+    outcome = judged(
+        case,
+        saved,
+        lambda: (
+            check_trained(saved.get())
+            .add(check_reload(saved.get("reloaded"), full, case.layout, "the DCP folder on 2 ranks"))
+            .add(check_buffers_kept(saved.get()[0], saved.get("reloaded"), "the DCP folder on 2 ranks"))
+        ),
+    )
+    outcome.verdict.add(load_elsewhere(work, case, folder, full, ["fsdp(1)"]))
+    outcome.verdict.add(load_elsewhere(work, case, folder, full, ["fsdp(4)", "hsdp(2, 2)"]))
+    return [outcome]
+
+
+def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """Half the steps, save, fresh processes, scrambled generators, go on; dropout on."""
+    spec = replace(work.spec, dropout=0.2)
+    case = replace(auto_case(engine, work, "resume"), model=spec, scenario="resume", steps=6)
+    prepare(engine, work)
+    folder = work.fresh_folder("resume")
+    whole = work.job(
+        "resume:uninterrupted",
+        {"case": case.to_json(), "checkpoint": str(work.checkpoint), "folder": str(folder)},
+        case.layout,
+        name=f"{work.spec.model_type} uninterrupted",
+    )
+    if whole.failure:
+        return [judged(case, whole, Verdict.empty)]
+    again = work.job(
+        "resume:resumed",
+        {"case": case.to_json(), "folder": str(folder)},
+        case.layout,
+        name=f"{work.spec.model_type} resumed",
+    )
+    first = case.steps // 2
+    return [judged(case, again, lambda: check_resume(whole.get(), again.get(), case, first), also=[whole])]
+
+
+def meta_init(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """What a load allocates and initialises, and its values against truth."""
+    cases = prepare(engine, work)
+    truth = work.truth(cases[0])
+    case = replace(auto_case(engine, work, "meta_init"), scenario="meta", steps=0)
+    run = work.cached("meta:run", case, {"checkpoint": str(work.checkpoint)})
+    outcome = judged(
+        case,
+        run,
+        lambda: (
+            check_meta_init(run.get()).add(check_initial(run.get(), truth, case)).add(check_buffers(run.get(), truth))
+        ),
+    )
+    if not run.failure:
+        outcome.extra["load"] = [evidence.facts["load"] for evidence in run.get()]
+    return [outcome]
+
+
+PROCEDURES: dict[str, Callable[[Engine, SpecWork], list[Outcome]]] = {
+    "sharding_structure": sharding_structure,
+    "buffers_dtypes": buffers_dtypes,
+    "auto_vs_ddp": auto_vs_ddp,
+    "manual_vs_ddp": manual_vs_ddp,
+    "hsdp_vs_ddp": hsdp_vs_ddp,
+    "save_load": save_load,
+    "dcp": dcp,
+    "resume": resume,
+    "meta_init": meta_init,
+}
+
+
+def auto_case(engine: Engine, work: SpecWork, test: str) -> Case:
+    """Return the training case that structure, buffers and auto_vs_ddp share."""
+    return engine.case(work, test, FSDP2, max_norms=MAX_NORMS)
+
+
+def manual_case(engine: Engine, work: SpecWork) -> Case:
+    """Return the case of the manual plan."""
+    return engine.case(work, "manual_vs_ddp", FSDP2, plan="manual", freeze=True, max_norms=MAX_NORMS)
+
+
+def hsdp_case(engine: Engine, work: SpecWork) -> Case:
+    """Return the case of the 2 x 2 mesh."""
+    return engine.case(work, "hsdp_vs_ddp", HSDP, max_norms=MAX_NORMS)
+
+
+def prepare(engine: Engine, work: SpecWork) -> list[Case]:
+    """Compute the truth of all training cases in one process; return them, the auto case first."""
+    cases = [auto_case(engine, work, "auto_vs_ddp")]
+    if work.spec.tie is not None:
+        cases += [manual_case(engine, work), hsdp_case(engine, work)]
+    work.prepare(cases)
+    return cases
+
+
+def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
+    """Judge a training case, once more in fp64 where a number is in doubt."""
+    cases = prepare(engine, work)
+    if same := ignored_tie(work, cases[0]):
+        return [same]
+    run = work.train(case)
+    if run.failure:
+        return [judged(case, run, Verdict.empty)]
+    truth, ddp = work.truth(case), work.ddp(case)
+    outcome = judged(case, run, lambda: judge_training(run.get(), ddp, truth, case))
+    if needs_fp64(outcome.verdict, case):
+        exact = replace(case, dtype="float64")
+        exact_run = work.train(exact)
+        if not exact_run.failure:
+            verdict = judge_training(exact_run.get(), work.ddp(exact), work.truth(exact), exact)
+            harmless = decide_rounding(outcome.verdict, verdict, case)
+            if harmless:
+                outcome.extra["rounding"] = [finding.to_dict() for finding in harmless[:5]]
+    return [outcome]
+
+
+def judged(case: Case, run: Run, check: Callable[[], Verdict], also: list[Run] | None = None) -> Outcome:
+    """Return the verdict over a run; a job that failed is a finding of its own."""
+    outcome = Outcome(layout=str(case.layout), case=case)
+    if run.notes:
+        outcome.extra["notes"] = run.notes
+    if run.failure:
+        outcome.verdict.expect(
+            False, Finding(check="ranks", message=run.failure, rank=run.first_rank, judged_by="harness")
+        )
+        outcome.extra["report"] = run.report
+        return outcome
+    outcome.verdict = check()
+    if case.fault:
+        hits = sum(
+            evidence.facts.get("fault_hits", 0)
+            for part in [run, *(also or [])]
+            for items in part.evidence.values()
+            for evidence in items
+        )
+        outcome.extra["fault_hits"] = hits
+        outcome.verdict.expect(
+            hits > 0, Finding(check="fault_hits", message="the armed fault was never hit: this run proves nothing")
+        )
+    return outcome
+
+
+def load_elsewhere(work: SpecWork, case: Case, folder: Any, full: dict[str, Any], layouts: list[str]) -> Verdict:
+    """Load a saved folder under other layouts of one world size."""
+    first = Layout.parse(layouts[0], device=case.layout.device, comm=case.layout.comm)
+    run = work.job(
+        "saving:load",
+        {"case": case.to_json(), "folder": str(folder), "layouts": layouts},
+        first,
+        name=f"{work.spec.model_type} load at {' and '.join(layouts)}",
+    )
+    verdict = Verdict.empty()
+    if run.failure:
+        verdict.expect(
+            False,
+            Finding(
+                check="ranks",
+                message=f"loading at {' and '.join(layouts)}: {run.failure}",
+                rank=run.first_rank,
+                judged_by="harness",
+            ),
+        )
+        return verdict
+    for index, text in enumerate(layouts):
+        verdict.add(check_reload(run.get(f"load{index}"), full, Layout.parse(text), f"at {text}"))
+    return verdict
+
+
+def ignored_tie(work: SpecWork, case: Case) -> Outcome | None:
+    """Return an outcome where the model ignores ``tie_word_embeddings=True``: it runs once, as untied."""
+    if work.spec.tie is True and not is_tied(work.truth(case)):
+        return Outcome.not_applicable("this model type ignores tie_word_embeddings=True: the same as untied")
+    return None
+
+
+def is_tied(truth: Evidence) -> bool:
+    """Whether truth's model has parameters that are one object under several names."""
+    return any(facts["aliases"] for facts in truth.facts["parameters"].values())
+
+
+def frozen_names(truth: Evidence) -> list[str]:
+    """Return the parameters that the case froze."""
+    return [name for name, facts in truth.facts["parameters"].items() if not facts["requires_grad"]]
+
+
+def capabilities(engine: Engine) -> frozenset[str]:
+    """Return what the backend under test can express."""
+    from fsdp_testkit.backends.registry import make_backend
+
+    return make_backend(engine.settings.backend).capabilities
+
+
+def replace_layout(outcome: Outcome, layout: Layout) -> Outcome:
+    """Return the outcome with a layout's name."""
+    outcome.layout = str(layout)
+    return outcome

@@ -1,0 +1,167 @@
+"""Shared work of one model: checkpoint, truth, DDP runs and backend runs, each done once and kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fsdp_testkit.core.case import Case, ModelSpec
+from fsdp_testkit.core.errors import InternalError
+from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.core.layout import Layout
+from fsdp_testkit.ranks import Harness, Job, JobReport
+
+SCENARIOS = "fsdp_testkit.scenarios"
+
+
+@dataclass(slots=True)
+class Run:
+    """One job's outcome: evidence by name, each a list over ranks; or a failure.
+
+    Attributes:
+        evidence: name -> evidence of ranks 0, 1, ...
+        failure: one line, ``""`` where the job passed.
+        report: the harness's full text.
+        first_rank: the rank that failed first.
+    """
+
+    evidence: dict[str, list[Evidence]] = field(default_factory=dict)
+    failure: str = ""
+    report: str = ""
+    first_rank: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def get(self, name: str = "evidence") -> list[Evidence]:
+        """Return the evidence called ``name`` of all ranks."""
+        return self.evidence[name]
+
+
+class OracleFailedError(InternalError):
+    """Truth or DDP could not be computed: nothing can be judged."""
+
+
+class SpecWork:
+    """Work shared by the tests of one `ModelSpec` and seed. Everything lies under one folder."""
+
+    def __init__(self, harness: Harness, spec: ModelSpec, *, seed: int, folder: Path, deadline: float) -> None:
+        self.spec = spec
+        self._harness = harness
+        self._seed = seed
+        self._deadline = deadline
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._runs: dict[str, Run] = {}
+        self._truth: dict[str, Evidence] = {}
+        self._folders = 0
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder that truth's model was saved to."""
+        return self._folder / "checkpoint"
+
+    def fresh_folder(self, name: str) -> Path:
+        """Return a path that does not exist yet."""
+        self._folders += 1
+        return self._folder / f"{name}{self._folders}"
+
+    def close(self) -> None:
+        """Forget everything and delete the folder."""
+        self._runs.clear()
+        self._truth.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def prepare(self, cases: Sequence[Case]) -> None:
+        """Compute the truth of several cases in one process; the first call writes the checkpoint."""
+        wanted = {truth_key(case): truth_case(case) for case in cases if truth_key(case) not in self._truth}
+        if not wanted:
+            return
+        run = self.job(
+            "truth:run",
+            {"cases": [case.to_json() for case in wanted.values()], "checkpoint": str(self.checkpoint)},
+            Layout(kind="single"),
+            name=f"truth of {self.spec.model_type} ({self.spec.variant})",
+        )
+        if run.failure:
+            raise OracleFailedError(f"truth could not be computed: {run.failure}\n{run.report}")
+        for index, key in enumerate(wanted):
+            self._truth[key] = run.get(f"truth{index}")[0]
+
+    def truth(self, case: Case) -> Evidence:
+        """Return truth's evidence for ``case``."""
+        self.prepare([case])
+        return self._truth[truth_key(case)]
+
+    def ddp(self, case: Case) -> list[Evidence]:
+        """Return DDP's evidence of all ranks for ``case``."""
+        layout = Layout(kind="ddp", replicate=case.layout.world_size, device=case.layout.device, comm=case.layout.comm)
+        oracle = replace(truth_case(case), layout=layout, backend="ddp")
+        run = self.train(oracle)
+        if run.failure:
+            raise OracleFailedError(f"DDP could not be run: {run.failure}\n{run.report}")
+        return run.get()
+
+    def train(self, case: Case) -> Run:
+        """Return the run of the ``train`` scenario, from the cache where it was done."""
+        return self.cached("train:run", case, {"checkpoint": str(self.checkpoint)})
+
+    def cached(self, target: str, case: Case, args: dict[str, Any]) -> Run:
+        """Run a scenario for ``case`` once."""
+        plain = replace(case, options=tuple(pair for pair in case.options if pair[0] != "test"))
+        key = f"{target} {plain.to_json()}"
+        if key not in self._runs:
+            self.prepare([] if self.checkpoint.exists() else [case])
+            self._runs[key] = self.job(target, {"case": plain.to_json()} | args, case.layout, name=describe(case))
+        return self._runs[key]
+
+    def job(self, target: str, args: dict[str, Any], layout: Layout, *, name: str) -> Run:
+        """Run a scenario function on the layout's ranks and collect its evidence."""
+        single = layout.kind == "single" or layout.comm == "fake"
+        report = self._harness.run(
+            Job(
+                target=f"{SCENARIOS}.{target}",
+                args=args,
+                world_size=1 if single else layout.world_size,
+                device=layout.device,
+                comm="none" if single else layout.comm,
+                deadline=self._deadline,
+                name=name,
+            )
+        )
+        try:
+            return to_run(report)
+        finally:
+            report.discard()
+
+
+def to_run(report: JobReport) -> Run:
+    """Turn a job's report into a run; evidence files stay readable through their mapping."""
+    run = Run(notes=list(report.notes))
+    if report.outcome != "passed":
+        failure = report.failure
+        run.failure = failure.summary if failure is not None else f"the job was {report.outcome}"
+        run.report = failure.render() if failure is not None else ""
+        run.first_rank = failure.first_rank if failure is not None else None
+        return run
+    for reply in sorted(report.replies, key=lambda item: item.rank):
+        for name, path in reply.value.items():
+            run.evidence.setdefault(name, []).append(Evidence.read(Path(path)))
+    return run
+
+
+def truth_case(case: Case) -> Case:
+    """Return what truth depends on: the case without backend, plan, fault, options and comm backend."""
+    layout = Layout(kind="ddp", replicate=case.layout.world_size)
+    return replace(case, backend="truth", plan="auto", scenario="train", fault="", options=(), layout=layout)
+
+
+def truth_key(case: Case) -> str:
+    """Return the key under which truth is kept."""
+    return truth_case(case).to_json()
+
+
+def describe(case: Case) -> str:
+    """Return a short name of a case for reports."""
+    return f"{case.model.model_type} {case.model.variant} {case.scenario} {case.layout} {case.backend}"

@@ -1,0 +1,166 @@
+"""The module tree of a plain (unsharded) model as plain data: what structural rules are read from.
+
+Nothing here looks at an implementation under test: the tree is taken from a model that the kit built
+itself, on the meta device or in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+#: Modules of this base are repeated blocks (transformers.modeling_layers, public since 4.53).
+_BLOCK_BASE = "GradientCheckpointingLayer"
+
+
+def module_tree(model: nn.Module) -> dict[str, Any]:
+    """Describe ``model`` as JSON data.
+
+    Returns:
+        ``parameters``: FQN -> ``shape``, ``dtype``, ``requires_grad``, ``aliases`` (further FQNs of the same
+        object); ``modules``: FQN -> class name, in registration order; ``blocks``: FQNs of the outermost
+        repeated blocks; ``embedding``, ``head``: FQN or ``""``; ``norms``: FQNs of the final norm modules.
+    """
+    modules = {name: type(module).__name__ for name, module in model.named_modules()}
+    blocks = find_blocks(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = _embedding(model, "get_input_embeddings", names)
+    head = _embedding(model, "get_output_embeddings", names)
+    return {
+        "parameters": describe_parameters(model),
+        "modules": modules,
+        "blocks": blocks,
+        "embedding": embedding,
+        "head": head,
+        "norms": _final_norms(model, blocks, {embedding, head}),
+    }
+
+
+def describe_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return every parameter under its first FQN, with the other FQNs of the same object as aliases."""
+    first: dict[int, str] = {}
+    result: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            result[first[id(parameter)]]["aliases"].append(name)
+            continue
+        first[id(parameter)] = name
+        result[name] = {
+            "shape": list(parameter.shape),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "requires_grad": parameter.requires_grad,
+            "aliases": [],
+        }
+    return result
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Return the FQNs of the outermost repeated blocks.
+
+    A block is an item of a ``ModuleList`` that is a gradient-checkpointing layer or, where the list has
+    none, a composite module (two or more children with parameters, or a child with children) of which the
+    list holds at least two. Blocks inside blocks (experts, sub-layers) are not counted.
+    """
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{block}.") for block in blocks):
+            continue
+        items = [item for item in module if next(item.parameters(), None) is not None]
+        layers = [item for item in items if any(base.__name__ == _BLOCK_BASE for base in type(item).__mro__)]
+        if not layers and len(items) >= 2 and all(_is_composite(item) for item in items):
+            layers = items
+        chosen = {id(layer) for layer in layers}
+        blocks.extend(f"{name}.{index}" for index, item in enumerate(module) if id(item) in chosen)
+    return blocks
+
+
+def manual_plan(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the manual plan that the kit tests with: mixed options, a nested unit, head and norm apart.
+
+    The embedding keeps its weight after forward, blocks reshard, the largest child of the blocks is a unit
+    of its own inside them and keeps its weight, final norm and head are units that reshard. It is written
+    with one rule per pattern (``*`` matches one path component), so that implementations which take
+    patterns alone can express it.
+    """
+    modules: dict[str, dict[str, Any]] = {}
+    if tree["embedding"]:
+        modules[tree["embedding"]] = {"reshard_after_forward": True}
+    for pattern in dict.fromkeys(_pattern(block) for block in tree["blocks"]):
+        child = _largest_child(tree, [block for block in tree["blocks"] if _pattern(block) == pattern])
+        if child:
+            modules[f"{pattern}.{child}"] = {"reshard_after_forward": False}
+        modules[pattern] = {"reshard_after_forward": True}
+    for norm in tree["norms"]:
+        modules[norm] = {"reshard_after_forward": True}
+    if tree["head"]:
+        modules[tree["head"]] = {"reshard_after_forward": False}
+    return {"mode": "manual", "modules": modules}
+
+
+def frozen_subset(tree: dict[str, Any]) -> list[str]:
+    """Return the parameters that a case with ``freeze`` freezes: the 1-D ones of the first block."""
+    if not tree["blocks"]:
+        return []
+    prefix = f"{tree['blocks'][0]}."
+    return [
+        name
+        for name, facts in tree["parameters"].items()
+        if name.startswith(prefix) and len(facts["shape"]) == 1 and not facts["aliases"]
+    ]
+
+
+def _pattern(block: str) -> str:
+    return block.rpartition(".")[0] + ".*"
+
+
+def _is_composite(module: nn.Module) -> bool:
+    children = [child for child in module.children() if next(child.parameters(), None) is not None]
+    return len(children) >= 2 or any(next(child.children(), None) is not None for child in children)
+
+
+def _largest_child(tree: dict[str, Any], blocks: list[str]) -> str:
+    """Return the child name that holds most elements over all blocks and exists in each of them."""
+    sizes: dict[str, int] = {}
+    seen: dict[str, set[str]] = {}
+    for name, facts in tree["parameters"].items():
+        block = next((item for item in blocks if name.startswith(f"{item}.")), None)
+        rest = name[len(block) + 1 :] if block else ""
+        if not block or "." not in rest:
+            continue
+        child = rest.split(".")[0]
+        count = 1
+        for size in facts["shape"]:
+            count *= size
+        sizes[child] = sizes.get(child, 0) + count
+        seen.setdefault(child, set()).add(block)
+    common = [child for child in sizes if len(seen[child]) == len(blocks)]
+    # mlp-like children are entered through forward in every model; a block's other children may be read directly
+    preferred = [child for child in common if any(word in child for word in ("mlp", "ffn", "feed_forward", "moe"))]
+    return max(preferred or common, key=lambda child: sizes[child], default="")
+
+
+def _embedding(model: nn.Module, getter: str, names: dict[int, str]) -> str:
+    try:
+        module = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return ""
+    return names.get(id(module), "") if module is not None else ""
+
+
+def _final_norms(model: nn.Module, blocks: list[str], taken: set[str]) -> list[str]:
+    """Return norm modules that are siblings of the last block list and registered after it."""
+    if not blocks:
+        return []
+    list_name = blocks[-1].rpartition(".")[0]
+    parent_name, _, own = list_name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    names = [name for name, _ in parent.named_children()]
+    norms = []
+    for child in names[names.index(own) + 1 :] if own in names else []:
+        module = parent.get_submodule(child)
+        name = f"{parent_name}.{child}" if parent_name else child
+        looks = "norm" in child.lower() or "norm" in type(module).__name__.lower() or child == "ln_f"
+        if looks and name not in taken and next(module.parameters(), None) is not None:
+            norms.append(name)
+    return norms

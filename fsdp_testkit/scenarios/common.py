@@ -1,0 +1,137 @@
+"""What all scenarios share: seeds, batches, the poisoned load, the evidence file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fsdp_testkit.backends.base import Backend, MicroBatch, OptimizerConfig
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.models.batches import make_batch
+from fsdp_testkit.models.build import resolve
+from fsdp_testkit.models.tree import frozen_subset, manual_plan, module_tree
+
+OPTIMIZER = OptimizerConfig()
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype called ``name``."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def seed_everything(case: Case, rank: int) -> None:
+    """Seed all generators of one rank: each rank draws its own dropout masks."""
+    seed = case.seed * 1009 + rank * 101 + 7
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def micro_batches(case: Case, config: Any, model_class: type, *, rank: int, step: int) -> list[MicroBatch]:
+    """Return this rank's micro-batches of a step."""
+    return [
+        to_micro(make_batch(config, model_class, rank=rank, step=step, micro=micro, seed=case.seed), case)
+        for micro in range(case.micro_batches)
+    ]
+
+
+def to_micro(batch: Any, case: Case) -> MicroBatch:
+    """Move a batch to the case's device."""
+    inputs = batch.inputs
+    if case.layout.device == "cuda":
+        inputs = {
+            name: value.to("cuda") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+        }
+    return MicroBatch(inputs=inputs, tokens=batch.tokens)
+
+
+def resolve_plan(case: Case, tree: dict[str, Any]) -> Any:
+    """Return what the backend gets as plan: ``auto``, the kit's manual plan, or the case's own JSON."""
+    if case.plan == "manual":
+        return manual_plan(tree)
+    if case.plan.startswith("{"):
+        return json.loads(case.plan)
+    return case.plan
+
+
+def meta_tree(model_class: Any, config: Any) -> dict[str, Any]:
+    """Return the module tree of the case's model, built on the meta device."""
+    with torch.device("meta"):
+        model = model_class(config)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return module_tree(model)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill memory that ``torch.empty`` and its kin hand out with NaN, so that nothing is right by luck.
+
+    ``torch.utils.deterministic.fill_uninitialized_memory`` does it under deterministic algorithms:
+    https://docs.pytorch.org/docs/stable/deterministic.html
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+class Loaded:
+    """A model that a backend has loaded, with what the kit knows about it."""
+
+    def __init__(self, case: Case, backend: Backend, checkpoint: Path, *, with_tree: bool = True) -> None:
+        self.case = case
+        self.backend = backend
+        self.config, self.model_class = resolve(case.model)
+        self.tree = meta_tree(self.model_class, self.config) if with_tree else {}
+        self.plan = resolve_plan(case, self.tree)
+        with poisoned_memory():
+            self.model: nn.Module = backend.load(
+                checkpoint,
+                model_class=self.model_class,
+                layout=case.layout,
+                plan=self.plan,
+                dtype=torch_dtype(case.dtype),
+            )
+        self.model.train()
+        if case.freeze:
+            freeze(self.model, frozen_subset(self.tree))
+
+    def micro_batches(self, rank: int, step: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of a step."""
+        return micro_batches(self.case, self.config, self.model_class, rank=rank, step=step)
+
+
+def freeze(model: nn.Module, names: list[str]) -> None:
+    """Stop training the named parameters of a plain, sharded or DDP-wrapped model."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    parameters = dict(inner.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(False)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return a schedule that changes the learning rate at every step, so that a lost one is seen."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + 0.25 * step))
+
+
+def reply(context: Any, evidence: Evidence, name: str = "evidence") -> dict[str, Any]:
+    """Write the evidence beside the job and return where it lies."""
+    path = context.folder / f"{name}.{context.rank}.bin"
+    evidence.write(path)
+    context.observe(max(1, len(evidence.tensors)))
+    return {name: str(path)}

@@ -1,0 +1,135 @@
+"""A load under observation: what it allocates, what it initialises, what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fsdp_testkit.backends.registry import make_backend
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.models.build import resolve
+from fsdp_testkit.scenarios import observe
+from fsdp_testkit.scenarios.arming import armed
+from fsdp_testkit.scenarios.common import Loaded, reply, torch_dtype
+
+
+def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
+    """Load once without observation (imports, caches), then once with it.
+
+    Facts: ``load`` with ``allocated`` (bytes of all new storages), ``largest`` (bytes), ``init_calls`` and
+    ``init_elements`` (random or constant initialisation of real memory), ``shard_bytes`` (bytes that this
+    rank keeps), ``model_bytes``.
+    """
+    parsed = Case.from_json(case)
+    evidence = Evidence(rank=context.rank)
+    with armed(parsed, make_backend(parsed.backend), rank=context.rank, facts=evidence.facts) as backend:
+        _, model_class = resolve(parsed.model)
+        loaded = Loaded(parsed, backend, Path(checkpoint))
+        with counting_inits() as inits, AllocationCounter() as counter:
+            loaded.model = backend.load(
+                Path(checkpoint),
+                model_class=model_class,
+                layout=parsed.layout,
+                plan=loaded.plan,
+                dtype=torch_dtype(parsed.dtype),
+            )
+    parameters = dict(loaded.model.named_parameters())
+    evidence.facts["tree"] = loaded.tree
+    evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
+    evidence.facts["load"] = {
+        "allocated": counter.total,
+        "largest": counter.largest,
+        "init_calls": inits["calls"],
+        "init_elements": inits["elements"],
+        "init_names": inits["names"][:20],
+        "shard_bytes": sum(observe.local(p).numel() * p.element_size() for p in parameters.values()),
+        "model_bytes": sum(p.numel() * p.element_size() for p in parameters.values()),
+        "buffer_bytes": sum(b.numel() * b.element_size() for b in loaded.model.buffers()),
+        "largest_bytes": max(p.numel() * p.element_size() for p in parameters.values()),
+    }
+    observe.observe_tensors(parameters.items(), evidence, "initial/")
+    observe.observe_buffers(loaded.model, evidence)
+    return reply(context, evidence)
+
+
+class AllocationCounter(TorchDispatchMode):
+    """Count bytes of storages that operators return for the first time, views apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.largest = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {storage for item in flat(args) if (storage := address(item))}
+        for item in flat(result):
+            storage = address(item)
+            if storage and storage not in known:
+                size = item.untyped_storage().nbytes()
+                self.total += size
+                self.largest = max(self.largest, size)
+        return result
+
+
+def flat(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors inside nested lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from flat(item)
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Return the storage's address; 0 for meta tensors, wrappers and empty ones."""
+    if tensor.is_meta or type(tensor) not in (torch.Tensor, nn.Parameter):
+        return 0
+    storage = tensor.untyped_storage()
+    return int(storage.data_ptr()) if storage.nbytes() else 0
+
+
+@contextlib.contextmanager
+def counting_inits() -> Iterator[dict[str, Any]]:
+    """Count calls of ``torch.nn.init`` functions and of in-place random fills on real memory."""
+    counts: dict[str, Any] = {"calls": 0, "elements": 0, "names": []}
+    owners: list[tuple[Any, str, Any]] = [
+        (nn.init, name, function)
+        for name, function in vars(nn.init).items()
+        if name.endswith("_") and not name.startswith("_") and callable(function)
+    ]
+    owners += [(torch.Tensor, name, getattr(torch.Tensor, name)) for name in ("normal_", "uniform_", "random_")]
+    depth = {"level": 0}
+
+    def wrap(name: str, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if depth["level"] == 0 and isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                plain = observe.local(tensor)
+                if not plain.is_meta and plain.numel():
+                    counts["calls"] += 1
+                    counts["elements"] += plain.numel()
+                    counts["names"].append(name)
+            depth["level"] += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                depth["level"] -= 1
+
+        return counted
+
+    for owner, name, function in owners:
+        setattr(owner, name, wrap(name, function))
+    try:
+        yield counts
+    finally:
+        for owner, name, function in owners:
+            setattr(owner, name, function)

@@ -1,0 +1,89 @@
+"""Train, save, and load again: elsewhere, at other world sizes, into poisoned memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fsdp_testkit.backends.registry import make_backend
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.core.layout import Layout
+from fsdp_testkit.models.build import build_model, resolve
+from fsdp_testkit.scenarios import observe
+from fsdp_testkit.scenarios.arming import armed
+from fsdp_testkit.scenarios.common import Loaded, reply, torch_dtype
+from fsdp_testkit.scenarios.train import train
+
+
+def save(context: Any, *, case: str, checkpoint: str, folder: str) -> dict[str, Any]:
+    """Train the case's steps, save to ``folder``, and load it again on the same ranks.
+
+    The option ``format`` is ``safetensors`` or ``dcp``. Evidence ``evidence``: the trace of the training with
+    ``final/`` shards and buffers as saved; ``reloaded``: weights and buffers of a fresh object.
+    """
+    parsed = Case.from_json(case)
+    evidence = Evidence(rank=context.rank)
+    with armed(parsed, make_backend(parsed.backend), rank=context.rank, facts=evidence.facts) as backend:
+        loaded = Loaded(parsed, backend, Path(checkpoint))
+        evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
+        observe.observe_tensors(observe.unwrap(loaded.model).named_parameters(), evidence, "initial/")
+        train(loaded, context.rank, evidence, range(parsed.steps))
+        observe.observe_buffers(loaded.model, evidence)
+        backend.save(loaded.model, Path(folder), layout=parsed.option("format", "safetensors"))
+        again = observe_reload(parsed, backend, Path(folder), context.rank)
+    return reply(context, evidence) | reply(context, again, "reloaded")
+
+
+def load(context: Any, *, case: str, folder: str, layouts: list[str]) -> dict[str, Any]:
+    """Load ``folder`` under each layout and record weights; evidence ``load0``, ``load1``, ..."""
+    parsed = Case.from_json(case)
+    replies: dict[str, Any] = {}
+    for index, text in enumerate(layouts):
+        layout = Layout.parse(text, device=parsed.layout.device, comm=parsed.layout.comm)
+        this = replace(parsed, layout=layout)
+        facts: dict[str, Any] = {}
+        with armed(this, make_backend(this.backend), rank=context.rank, facts=facts) as backend:
+            evidence = observe_reload(this, backend, Path(folder), context.rank)
+        evidence.facts |= facts
+        replies |= reply(context, evidence, f"load{index}")
+    return replies
+
+
+def observe_reload(case: Case, backend: Any, folder: Path, rank: int) -> Evidence:
+    """Load a folder with the backend into fresh, poisoned objects and record what is there."""
+    evidence = Evidence(rank=rank)
+    loaded = Loaded(case, backend, folder)
+    evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
+    observe.observe_tensors(observe.unwrap(loaded.model).named_parameters(), evidence, "weight/")
+    observe.observe_buffers(loaded.model, evidence)
+    return evidence
+
+
+def plain(context: Any, *, case: str, folder: str, reference: str) -> dict[str, Any]:
+    """Load ``folder`` with plain ``from_pretrained`` in one process, and save a model the ordinary way.
+
+    The ordinary save lands in the folder ``reference``: its key set is what a single-process save writes.
+    """
+    parsed = Case.from_json(case)
+    _, model_class = resolve(parsed.model)
+    evidence = Evidence(rank=context.rank)
+    loader: Any = model_class
+    model, info = loader.from_pretrained(folder, dtype=torch_dtype(parsed.dtype), output_loading_info=True)
+    observe_plain(model, evidence)
+    evidence.facts["loading_info"] = {
+        key: sorted(str(item) for item in value) for key, value in info.items() if value is not None and value
+    }
+    ordinary: Any = build_model(parsed.model, seed=parsed.seed, dtype=torch_dtype(parsed.dtype))
+    ordinary.save_pretrained(reference)
+    return reply(context, evidence)
+
+
+def observe_plain(model: nn.Module, evidence: Evidence) -> None:
+    """Record weights and buffers of an unsharded model."""
+    evidence.facts["parameters"] = observe.observe_parameters(model)
+    observe.observe_tensors(model.named_parameters(), evidence, "weight/")
+    observe.observe_buffers(model, evidence)

@@ -1,0 +1,141 @@
+"""Load, look at the structure, train a few steps and record every gradient, loss and weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fsdp_testkit.backends.base import MicroBatch
+from fsdp_testkit.backends.registry import make_backend
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.scenarios import observe
+from fsdp_testkit.scenarios.arming import armed
+from fsdp_testkit.scenarios.common import OPTIMIZER, Loaded, make_scheduler, reply, seed_everything
+
+
+def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
+    """Train on this rank; the evidence holds raw local shards of everything.
+
+    Facts: ``parameters``, ``units`` and ``kept`` (FSDP only), ``buffers``, ``losses`` (step x micro-batch),
+    ``norms``, ``lrs``, ``tokens``, ``batches`` (digests), ``digests`` (of weights after each step),
+    ``gradients`` (names per step), ``optimizer``.
+    """
+    parsed = Case.from_json(case)
+    evidence = Evidence(rank=context.rank)
+    with armed(parsed, make_backend(parsed.backend), rank=context.rank, facts=evidence.facts) as backend:
+        loaded = Loaded(parsed, backend, Path(checkpoint))
+        observe_loaded(loaded, context.rank, evidence)
+        train(loaded, context.rank, evidence, range(parsed.steps))
+    return reply(context, evidence)
+
+
+def observe_loaded(loaded: Loaded, rank: int, evidence: Evidence) -> None:
+    """Record structure, buffers and weights right after loading."""
+    model = loaded.model
+    evidence.facts["parameters"] = observe.observe_parameters(model)
+    evidence.facts["tree"] = loaded.tree
+    evidence.facts["plan"] = loaded.plan
+    evidence.facts["training_mode"] = model.training
+    observe.observe_buffers(model, evidence)
+    observe.observe_tensors(observe.unwrap(model).named_parameters(), evidence, "initial/")
+    if loaded.case.layout.kind in ("fsdp", "hsdp"):
+        evidence.facts["kept"] = plain_after_forward(loaded, rank)
+        evidence.facts["units"] = observe.observe_units(model)
+        observe.reshard_all(model)
+
+
+def plain_after_forward(loaded: Loaded, rank: int) -> list[str]:
+    """Run one forward without gradient and return the parameters that are plain tensors after it."""
+    state = torch.get_rng_state()
+    batch = loaded.micro_batches(rank, 0)[0]
+    with torch.no_grad():
+        loaded.model(**copy_inputs(batch))
+    kept = observe.plain_parameters(loaded.model)
+    observe.reshard_all(loaded.model)
+    torch.set_rng_state(state)
+    return kept
+
+
+def copy_inputs(batch: MicroBatch) -> dict[str, Any]:
+    """Return the inputs of a batch as fresh objects (some models change what they are given)."""
+    return {name: copy.copy(value) for name, value in batch.inputs.items()}
+
+
+def train(
+    loaded: Loaded,
+    rank: int,
+    evidence: Evidence,
+    steps: range,
+    *,
+    after_step: Callable[[int, torch.optim.Optimizer, Any], None] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+) -> tuple[torch.optim.Optimizer, Any]:
+    """Train over ``steps`` and record the whole trace; return the optimizer and the scheduler.
+
+    Gradients are read by an optimizer step pre-hook: after clipping, before the update, in any backend.
+    """
+    case, model, backend = loaded.case, loaded.model, loaded.backend
+    facts = evidence.facts
+    if optimizer is None:
+        seed_everything(case, rank)
+        optimizer = backend.make_optimizer(model, OPTIMIZER)
+        scheduler = make_scheduler(optimizer)
+    for name in ("losses", "norms", "lrs", "tokens", "batches", "digests", "gradients"):
+        facts[name] = {}
+    current = {"step": 0}
+
+    def record(*_: Any) -> None:
+        step = current["step"]
+        observe.observe_tensors(observe.named_gradients(model), evidence, f"gradient/{step}/")
+        facts["gradients"][str(step)] = [name for name, _ in observe.named_gradients(model)]
+
+    handle = optimizer.register_step_pre_hook(record)
+    for step in steps:
+        current["step"] = step
+        batches = loaded.micro_batches(rank, step)
+        facts["tokens"][str(step)] = [batch.tokens for batch in batches]
+        facts["batches"][str(step)] = [batch_digest(batch) for batch in batches]
+        facts["lrs"][str(step)] = [group["lr"] for group in optimizer.param_groups]
+        output = backend.train_step(model, optimizer, batches, case.normaliser(step), case.max_norm(step))
+        scheduler.step()
+        facts["losses"][str(step)] = output.losses
+        facts["norms"][str(step)] = output.grad_norm
+        if case.layout.kind in ("fsdp", "hsdp"):
+            observe.reshard_all(model)
+        facts["digests"][str(step)] = observe.digests(model)
+        if after_step is not None:
+            after_step(step, optimizer, scheduler)
+    handle.remove()
+    observe.observe_tensors(observe.unwrap(model).named_parameters(), evidence, "final/")
+    observe.observe_optimizer(model, optimizer, evidence)
+    gathered(model, evidence)
+    return optimizer, scheduler
+
+
+def gathered(model: nn.Module, evidence: Evidence) -> None:
+    """Record gathered weights beside the raw shards: a gather that is wrong is a bug of its own."""
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in observe.unwrap(model).named_parameters():
+        if isinstance(parameter, DTensor):
+            evidence.tensors[f"gathered/{name}"] = observe.tensor_data(parameter.detach().full_tensor())
+
+
+def batch_digest(batch: MicroBatch) -> str:
+    """Return a digest of a micro-batch's tensors."""
+    import hashlib
+
+    state = hashlib.blake2b(digest_size=8)
+    for name in sorted(batch.inputs):
+        value = batch.inputs[name]
+        if isinstance(value, torch.Tensor):
+            state.update(name.encode())
+            state.update(observe.tensor_data(value).data)
+    return state.hexdigest()

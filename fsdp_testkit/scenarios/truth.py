@@ -1,0 +1,175 @@
+"""Truth: one process that plays every rank and micro-batch in turn, without communication.
+
+The model is built in memory and never reloaded. Each played rank has its own data, random state and
+dropout; gradients are combined by the case's declared normaliser. This file shares no code with the
+training loops under test.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.models.build import build_model, resolve
+from fsdp_testkit.models.tree import frozen_subset, module_tree
+from fsdp_testkit.scenarios import observe
+from fsdp_testkit.scenarios.common import (
+    OPTIMIZER,
+    freeze,
+    make_scheduler,
+    micro_batches,
+    reply,
+    seed_everything,
+    torch_dtype,
+)
+
+
+def run(context: Any, *, cases: list[str], checkpoint: str) -> dict[str, Any]:
+    """Play each case; write the checkpoint folder first where it does not exist yet.
+
+    Returns one evidence file per case, named ``truth0``, ``truth1``, ...
+    """
+    replies: dict[str, Any] = {}
+    for index, text in enumerate(cases):
+        case = Case.from_json(text)
+        model = build_model(case.model, seed=case.seed, dtype=torch_dtype(case.dtype))
+        if checkpoint and not Path(checkpoint).exists():
+            write_checkpoint(model, Path(checkpoint))
+        replies |= reply(context, play(case, model), f"truth{index}")
+    return replies
+
+
+def write_checkpoint(model: nn.Module, folder: Path) -> None:
+    """Save the model as a user would, in several files, and move the folder into place at once."""
+    partial = folder.with_name(folder.name + ".partial")
+    saver: Any = model
+    saver.save_pretrained(str(partial), max_shard_size="60KB")
+    partial.rename(folder)
+
+
+def play(case: Case, model: nn.Module) -> Evidence:
+    """Train ``model`` over the case's steps, playing all ranks of its layout."""
+    config, model_class = resolve(case.model)
+    model.train()
+    tree = module_tree(model)
+    if case.freeze:
+        freeze(model, frozen_subset(tree))
+    evidence = Evidence(rank=0)
+    facts = evidence.facts
+    facts["tree"] = tree
+    facts["parameters"] = observe.observe_parameters(model)
+    observe.observe_buffers(model, evidence)
+    observe.observe_tensors(model.named_parameters(), evidence, "initial/")
+    optimizer = make_optimizer(model)
+    scheduler = make_scheduler(optimizer)
+    states = []
+    for rank in range(case.layout.world_size):
+        seed_everything(case, rank)
+        states.append(torch.get_rng_state())
+    for name in ("losses", "norms", "lrs", "tokens", "gradients", "clipped"):
+        facts[name] = {}
+    facts["idle_experts"] = []
+    for step in range(case.steps):
+        batches = [
+            micro_batches(case, config, model_class, rank=rank, step=step) for rank in range(case.layout.world_size)
+        ]
+        losses = play_step(case, model, batches, states, step, facts["idle_experts"])
+        facts["losses"][str(step)] = losses
+        facts["tokens"][str(step)] = [[batch.tokens for batch in group] for group in batches]
+        facts["lrs"][str(step)] = [group["lr"] for group in optimizer.param_groups]
+        norm = total_norm(model)
+        bound = case.max_norm(step)
+        facts["norms"][str(step)] = norm
+        facts["clipped"][str(step)] = bool(bound) and norm > bound
+        if bound:
+            scale = min(1.0, bound / (norm + 1e-6))
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        facts["gradients"][str(step)] = [name for name, _ in observe.named_gradients(model)]
+        observe.observe_tensors(observe.named_gradients(model), evidence, f"gradient/{step}/")
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+    observe.observe_tensors(model.named_parameters(), evidence, "final/")
+    observe.observe_optimizer(model, optimizer, evidence)
+    return evidence
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW in the two groups that `OptimizerConfig` describes."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": OPTIMIZER.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0, "lr": OPTIMIZER.lr * 0.5},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=OPTIMIZER.lr,
+        betas=OPTIMIZER.betas,
+        eps=OPTIMIZER.eps,
+    )
+
+
+def play_step(
+    case: Case,
+    model: nn.Module,
+    batches: list[list[Any]],
+    states: list[torch.Tensor],
+    step: int,
+    idle: list[dict[str, Any]],
+) -> list[list[float]]:
+    """Leave the step's combined gradient in ``.grad`` and return the losses [rank][micro-batch].
+
+    ``rank_mean``: mean over ranks and micro-batches of the gradient of each one's own mean loss.
+    ``token_mean``: the sum of those gradients, each weighted by its share of the step's valid tokens.
+    """
+    world, micro = len(batches), case.micro_batches
+    total = sum(batch.tokens for group in batches for batch in group)
+    combined: dict[str, torch.Tensor] = {}
+    losses: list[list[float]] = []
+    for rank, group in enumerate(batches):
+        torch.set_rng_state(states[rank])
+        losses.append([])
+        for batch in group:
+            loss = model(**batch.inputs).loss
+            losses[rank].append(float(loss.detach()))
+            share = 1.0 / micro if case.normaliser(step) == "rank_mean" else batch.tokens * world / total
+            (loss * share).backward()
+        states[rank] = torch.get_rng_state()
+        idle.extend(idle_experts(model, rank, step))
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                combined[name] = combined[name] + parameter.grad if name in combined else parameter.grad
+            parameter.grad = None
+    for name, parameter in model.named_parameters():
+        if name in combined:
+            parameter.grad = combined[name] / world
+    return losses
+
+
+def total_norm(model: nn.Module) -> float:
+    """Return the 2-norm over all gradients, summed in float64."""
+    squares = sum(
+        float(parameter.grad.double().square().sum()) for parameter in model.parameters() if parameter.grad is not None
+    )
+    return math.sqrt(squares)
+
+
+def idle_experts(model: nn.Module, rank: int, step: int) -> list[dict[str, Any]]:
+    """Return experts (slices of fused 3-D expert weights) that got no gradient from this rank's data."""
+    idle = []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None or parameter.ndim != 3 or "expert" not in name:
+            continue
+        used = parameter.grad.flatten(1).abs().amax(dim=1) > 0
+        if not bool(used.all()):
+            missing = [index for index, hit in enumerate(used.tolist()) if not hit]
+            idle.append({"rank": rank, "step": step, "parameter": name, "experts": missing})
+    return idle
