@@ -1,5 +1,12 @@
-"""The pytest11 entry point. Imports nothing: the parts below are loaded by pytest, each with its own concern."""
+"""The pytest11 entry point. Imports nothing: pytest loads the parts below, each with its own concern."""
 
 from __future__ import annotations
 
-pytest_plugins = ()
+pytest_plugins = (
+    "fsdp_testkit.plugin.options",
+    "fsdp_testkit.plugin.lifetime",
+    "fsdp_testkit.plugin.header",
+    "fsdp_testkit.plugin.items",
+    "fsdp_testkit.plugin.rows",
+    "fsdp_testkit.plugin.summary",
+)

@@ -1,0 +1,150 @@
+"""What a user reads when a test fails: from result rows to text."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fsdp_testkit.core.result import BAD_OUTCOMES, Result
+
+#: Findings shown over all rows of one item; the report has them all.
+SHOWN = 8
+#: Longest expected or actual value that is printed whole.
+_WIDTH = 160
+#: Lines of a rank's report that are printed whole.
+_LINES = 60
+
+
+def failure_text(rows: Sequence[Result], *, shown: int = SHOWN) -> str:
+    """Return the message for the bad rows among ``rows``: what, where, how far off, how to replay."""
+    bad = [row for row in rows if row.outcome in BAD_OUTCOMES]
+    # every bad row shows at least one finding, however many the first one has
+    share = max(1, shown // max(1, len(bad)))
+    blocks = [headline(bad)] if len(bad) > 1 else []
+    blocks.extend(_row(row, share) for row in bad)
+    return "\n\n".join(blocks)
+
+
+def headline(rows: Sequence[Result]) -> str:
+    """Return one line that names the model, the test and where it went wrong; pytest's summary shows it."""
+    first = rows[0]
+    layouts = ", ".join(dict.fromkeys(row.layout for row in rows if row.layout not in ("", "none")))
+    where = f" on {layouts}" if layouts else ""
+    count = sum(_total(row) for row in rows)
+    findings = f" ({count} finding{'s' if count != 1 else ''})" if count else ""
+    return f"{title(first)} {_verb(rows)}{where} with backend {first.backend}{findings}"
+
+
+def title(row: Result) -> str:
+    """Return the model, test and variant: ``llama: hsdp_vs_ddp (tied)``."""
+    variant = "" if row.variant == "default" else f" ({row.variant})"
+    return f"{row.model_type}: {row.test}{variant}"
+
+
+def replay_command(row: Result) -> str:
+    """Return the shell command that runs the row's case again, or ``""`` where the row holds no case."""
+    if case := row.extra.get("case"):
+        text = case if isinstance(case, str) else json.dumps(case, sort_keys=True, separators=(",", ":"))
+        return f"python -m fsdp_testkit replay {shlex.quote(text)}"
+    return next((str(finding["replay"]) for finding in row.findings if finding.get("replay")), "")
+
+
+def finding_lines(finding: dict[str, Any]) -> list[str]:
+    """Return a finding as lines: the sentence first, then where, the values, the distance, the judge."""
+    lines = [f"{finding.get('check', '?')}: {finding.get('message', '(no message)')}"]
+    where = [
+        f"{label}{finding[name]}"
+        for name, label in (("rank", "rank "), ("step", "step "), ("parameter", ""))
+        if finding.get(name) not in (None, "")
+    ]
+    if where:
+        lines.append("  where     " + ", ".join(where))
+    for name in ("expected", "actual"):
+        if finding.get(name) not in (None, ""):
+            lines.append(f"  {name:<9} {_clip(str(finding[name]))}")
+    if (distance := _distance(finding)) != "":
+        lines.append(f"  error     {distance}")
+    judge = f"  judged by {finding.get('judged_by', 'rules')}"
+    nature = {
+        "logic": "logic: it is still there in float64",
+        "rounding": "rounding: it shrinks away in float64",
+    }.get(str(finding.get("nature", "")), str(finding.get("nature", "")))
+    lines.append(f"{judge}; {nature}" if nature else judge)
+    return lines
+
+
+def _row(row: Result, shown: int) -> str:
+    lines = [headline([row])]
+    said = {str(finding.get("message", "")) for finding in row.findings}
+    if row.reason and row.reason not in said:
+        lines.extend(f"  {line}" for line in row.reason.splitlines())
+    if diagnosis := row.extra.get("diagnosis"):
+        lines.append(f"  likely cause: {diagnosis}")
+    for number, finding in enumerate(row.findings[:shown], start=1):
+        first, *rest = finding_lines(finding)
+        lines.append("")
+        lines.append(f"  {number}. {first}")
+        lines.extend(f"   {line}" for line in rest)
+    if (more := _total(row) - shown) > 0:
+        lines.append("")
+        lines.append(f"  and {more} more: {_others(row.findings[shown:])} (--fsdp-report FILE.json holds them)")
+    for name in ("report", "traceback"):
+        if text := str(row.extra.get(name) or "").strip():
+            lines.append("")
+            lines.extend(f"  {line}" for line in _middle_out(text.splitlines()))
+    if command := replay_command(row):
+        lines.append("")
+        lines.append("  replay exactly this case:")
+        lines.append(f"    {command}")
+    return "\n".join(lines)
+
+
+def _total(row: Result) -> int:
+    """Return how many findings there were: a row may hold only the first of very many."""
+    return max(len(row.findings), int(row.extra.get("findings_total", 0)))
+
+
+def _middle_out(lines: list[str]) -> list[str]:
+    """Return long text without its middle: causes stand at the top, the last call at the bottom."""
+    if len(lines) <= _LINES:
+        return lines
+    half = _LINES // 2
+    return [*lines[:half], f"... {len(lines) - 2 * half} lines ...", *lines[-half:]]
+
+
+def _others(findings: Iterable[dict[str, Any]]) -> str:
+    counts: dict[str, int] = {}
+    for finding in findings:
+        name = str(finding.get("check", "?"))
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())
+
+
+def _distance(finding: dict[str, Any]) -> str:
+    parts = []
+    if finding.get("max_abs_error") is not None:
+        parts.append(f"{number(finding['max_abs_error'])} absolute")
+    if finding.get("max_rel_error") is not None:
+        parts.append(f"{number(finding['max_rel_error'])} relative")
+    if finding.get("tolerance") is not None:
+        parts.append(f"tolerance {number(finding['tolerance'])} relative")
+    return ", ".join(parts)
+
+
+def number(value: Any) -> str:
+    """Return a number short enough to read: ``1.3e-07``; text (``nan`` in a report) comes back as it is."""
+    return f"{value:.3g}" if isinstance(value, int | float) else str(value)
+
+
+def _verb(rows: Sequence[Result]) -> str:
+    outcomes = {row.outcome for row in rows}
+    if outcomes == {"xpassed"}:
+        return "passed unexpectedly"
+    return "could not be run" if outcomes == {"error"} else "failed"
+
+
+def _clip(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _WIDTH else f"{flat[: _WIDTH - 3]}..."
