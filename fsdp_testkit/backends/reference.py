@@ -1,0 +1,50 @@
+"""The kit's own loader and saver as a backend: what every rule is tried on first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from fsdp_testkit.backends.base import CAPABILITIES
+from fsdp_testkit.backends.loop import TrainingLoop
+from fsdp_testkit.reference import load_sharded, load_training, save_sharded, save_training
+
+if TYPE_CHECKING:
+    from fsdp_testkit.core.layout import Layout
+
+
+class ReferenceBackend(TrainingLoop):
+    """`fsdp_testkit.reference` on the layout's mesh; trains in the model's dtype."""
+
+    name = "reference"
+    capabilities = CAPABILITIES
+
+    def load(
+        self,
+        checkpoint: Path,
+        *,
+        model_class: type[nn.Module],
+        layout: Layout,
+        plan: Any,
+        dtype: torch.dtype,
+    ) -> nn.Module:
+        """Load and shard a checkpoint folder (safetensors or DCP) on the layout's mesh."""
+        mesh = init_device_mesh(layout.device, layout.mesh_shape, mesh_dim_names=layout.mesh_axes)
+        model: nn.Module = load_sharded(checkpoint, mesh, plan, dtype, model_class=model_class)
+        return model
+
+    def save(self, model: nn.Module, folder: Path, *, layout: str) -> None:
+        """Save weights as ``"safetensors"`` or ``"dcp"``."""
+        save_sharded(model, folder, layout=layout)
+
+    def save_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
+        """Save optimizer, scheduler and RNG state of every rank beside the weights."""
+        save_training(model, optimizer, scheduler, folder)
+
+    def load_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
+        """Restore what `save_training` wrote, in place."""
+        load_training(model, optimizer, scheduler, folder)

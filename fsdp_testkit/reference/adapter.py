@@ -1,0 +1,166 @@
+"""Every name that torch or transformers do not promise to keep, in one place.
+
+Seen in torch 2.13.0 and transformers 5.23.0; `tests/reference/test_adapter.py` notices when one moves.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+# torch.utils._python_dispatch: the underscore is historical, the class is documented in torch's dispatcher notes
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import core_model_loading as _core
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+__all__ = [
+    "TorchDispatchMode",
+    "changed_dims",
+    "construct",
+    "conversions",
+    "filter_keys",
+    "fp32_pattern",
+    "mark_initialized",
+    "natural_order",
+    "permutes_rows",
+    "plain_class",
+    "renamed",
+    "reverse_renamed",
+    "reversed_conversions",
+    "split_transforms",
+    "stacks_rows",
+    "tied_patterns",
+]
+
+
+def construct(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Return ``model_class(config)`` with ``dtype`` as default dtype, as ``from_pretrained`` builds it."""
+    # AutoModel.from_config is the public way, but maps a config to one class only
+    return model_class._from_config(config, dtype=dtype)
+
+
+def plain_class(module: nn.Module) -> type:
+    """Return the class that ``fully_shard`` replaced by its own subclass, or the class as it is."""
+    cls = type(module)
+    if isinstance(module, FSDPModule):
+        # the mro is (FSDP<Name>, FSDPModule, <Name>, ...)
+        return next(c for c in cls.__mro__[1:] if not issubclass(c, FSDPModule) and c is not object)
+    return cls
+
+
+def fp32_pattern(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """Return what parameter names keep fp32 when the model is loaded in ``dtype``, by the model's own rule."""
+    names = list(model._get_dtype_plan(dtype))
+    return _core.build_glob_alternation(names)[0] if names else None
+
+
+def mark_initialized(tensor: torch.Tensor) -> None:
+    """Tell the model's initialisation that this tensor has its value."""
+    tensor._is_hf_initialized = True
+
+
+def conversions(model: Any) -> list[Any]:
+    """Return the weight transforms for loading into an unsharded ``model``, in the order of application."""
+    return list(get_model_conversion_mapping(model))
+
+
+def split_transforms(transforms: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """Return (renamings, converters)."""
+    transforms = list(transforms)
+    renamings = [t for t in transforms if isinstance(t, _core.WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, _core.WeightConverter)]
+    return renamings, converters
+
+
+def renamed(
+    key: str, renamings: list[Any], converters: list[Any], prefix: str, expected: dict[str, Any]
+) -> tuple[str, str | None]:
+    """Return (name in the model, source pattern of the converter that matched) for a key of a file."""
+    name, pattern = _core.rename_source_key(key, renamings, converters, prefix, expected)
+    if name not in expected and key in expected:
+        # the key is the model's own already: a renaming that matched it was not meant for it
+        name, pattern = _core.rename_source_key(key, [], [], prefix, expected)
+    return name, pattern
+
+
+def reversed_conversions(model: Any) -> list[Any]:
+    """Return the transforms for saving: those that loading used, else the model's default ones, reversed."""
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:
+        fresh = model
+        if isinstance(model, FSDPModule):
+            # fully_shard's subclass has another name and module, so that the lookup by class finds nothing
+            with torch.device("meta"):
+                fresh = construct(plain_class(model), copy.deepcopy(model.config), model.dtype)
+        used = [
+            t
+            for t in get_model_conversion_mapping(fresh, add_legacy=False)
+            # whether the checkpoint had the prefix is not known for a model that was not loaded
+            if not isinstance(t, _core.PrefixChange)
+        ]
+    return [t.reverse_transform() for t in used[::-1]]
+
+
+def reverse_renamed(key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+    """Return (name of the conversion group or file key, source pattern) for a name of the model."""
+    name, pattern = _core.apply_converters(key, converters)
+    return (name, pattern) if pattern is not None else (_core.apply_renamings(key, renamings), None)
+
+
+def apply_renamings(key: str, renamings: list[Any]) -> str:
+    """Return ``key`` after every renaming in turn."""
+    name: str = _core.apply_renamings(key, renamings)
+    return name
+
+
+def natural_order(key: str) -> Any:
+    """Sort key that puts layer 2 before layer 10; conversions rely on this order of experts."""
+    return _core.dot_natural_key(key)
+
+
+def stacks_rows(op: Any) -> bool:
+    """Return whether ``op`` stacks a list of tensors along a new dim 0."""
+    return type(op) is _core.MergeModulelist and op.dim == 0
+
+
+def changed_dims(op: Any) -> set[int] | None:
+    """Return the tensor dims that ``op`` rearranges; ``None`` when that is not known."""
+    if type(op) in (_core.Concatenate, _core.Chunk, _core.Split, _core.Interleave):
+        return {op.dim}
+    if type(op) is _core.Transpose and not op.check_dims:
+        return {op.dim0, op.dim1}
+    return None
+
+
+def permutes_rows(op: Any) -> bool:
+    """Return whether ``op`` only moves whole rows (dim 0) about."""
+    return type(op) is _core.PermuteForRope or changed_dims(op) == {0}
+
+
+def filter_keys(model: Any, missing: set[str], unexpected: set[str]) -> tuple[set[str], set[str]]:
+    """Return both sets without the keys that the model declares as ignorable."""
+    info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unexpected))
+    model._adjust_missing_and_unexpected_keys(info)
+    return info.missing_keys, info.unexpected_keys
+
+
+def tied_patterns(model: nn.Module) -> list[str]:
+    """Return the patterns of parameter names that the model declares as tied to another one."""
+    patterns: list[str] = []
+    for name, module in model.named_modules():
+        declared = getattr(module, "_tied_weights_keys", None) or {}
+        patterns += [f"{name}.{key}" if name else key for key in declared]
+    return patterns
+
+
+def seen_versions() -> dict[str, str]:
+    """Return the versions that these names were seen in, and those at hand."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

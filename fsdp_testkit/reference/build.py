@@ -1,0 +1,136 @@
+"""A model on the meta device whose buffers can still be computed.
+
+Constructing a model on meta costs no memory, but leaves its buffers without values, and those that no checkpoint
+holds (rotary frequencies, masks) exist only as code in the constructor. So the constructor is recorded: every
+tensor operation it makes on meta is noted, and for a given buffer the few that lead to it are run again for real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from fsdp_testkit.reference.adapter import TorchDispatchMode
+
+META = torch.device("meta")
+
+
+@dataclass(slots=True)
+class _Call:
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+
+
+class Recorder:
+    """Notes the operations on meta tensors while `recording`, and replays those that a tensor depends on."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Create tensors on meta and note every operation on them."""
+        with torch.device("meta"), _Mode(self):
+            yield
+
+    def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Add one call to the record. Tensors are held, so that their storages' identities stay theirs."""
+        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+        outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        # a real tensor may be written later in the constructor; what counts is its value now
+        args, kwargs = tree_map_only(torch.Tensor, _freeze, (args, kwargs))
+        self._calls.append(_Call(function, args, kwargs, inputs, outputs))
+
+    def compute(self, tensor: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the value that ``tensor`` (on meta) would have, by running its history on the CPU.
+
+        The result is a new tensor of the same shape, strides and dtype on ``device``. Random operations draw
+        from the current generators.
+
+        Raises:
+            LookupError: the record does not hold the tensor's creation.
+        """
+        needed = {_storage(tensor)}
+        history: list[_Call] = []
+        for call in reversed(self._calls):
+            # an operation matters when it made, or wrote into, a storage that matters
+            if not needed.isdisjoint(_storage(output) for output in call.outputs if output.is_meta):
+                history.append(call)
+                needed.update(_storage(tensor) for tensor in call.inputs if tensor.is_meta)
+        real: dict[int, torch.Tensor] = {}
+        for call in reversed(history):
+            self._replay(call, real)
+        return _view(tensor, real).clone(memory_format=torch.preserve_format).to(device)
+
+    def _replay(self, call: _Call, real: dict[int, torch.Tensor]) -> None:
+        def value(leaf: torch.Tensor) -> torch.Tensor:
+            return _view(leaf, real) if leaf.is_meta else leaf
+
+        args, kwargs = tree_map_only(torch.Tensor, value, (call.args, call.kwargs))
+        args, kwargs = tree_map_only(torch.device, lambda d: torch.device("cpu") if d == META else d, (args, kwargs))
+        result = call.function(*args, **kwargs)
+        produced = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        for output, made in zip(call.outputs, produced, strict=True):
+            if output.is_meta and _storage(output) not in real:
+                real[_storage(output)] = _laid_out(made, output)
+
+
+class _Mode(TorchDispatchMode):  # type: ignore[misc]  # torch's classes are untyped here
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_flatten((args, kwargs))[0]
+        has_meta = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
+        leaves_meta = function is torch.ops.aten._local_scalar_dense.default or any(
+            isinstance(leaf, torch.device) and leaf != META for leaf in leaves
+        )
+        if has_meta and leaves_meta:
+            # the constructor asks for a value (`.item()`, `.to("cpu")`): give it the real one
+            args, kwargs = tree_map_only(
+                torch.Tensor, lambda t: self.recorder.compute(t) if t.is_meta else t, (args, kwargs)
+            )
+            return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        self.recorder.note(function, args, kwargs, result)
+        return result
+
+
+def _laid_out(made: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
+    """Return ``made`` on a storage that views recorded on meta fit."""
+    if made.stride() == recorded.stride() and made.storage_offset() == recorded.storage_offset():
+        return made
+    base = made.new_empty(recorded.untyped_storage().nbytes() // recorded.element_size())
+    base.as_strided(recorded.size(), recorded.stride(), recorded.storage_offset()).copy_(made)
+    return base
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
+
+
+def _freeze(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_meta else tensor.detach().clone()
+
+
+def _view(tensor: torch.Tensor, real: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Return the real counterpart of a meta tensor: the same window on the real storage."""
+    if _storage(tensor) not in real:
+        raise LookupError("this tensor was not created while recording")
+    base = real[_storage(tensor)]
+    window = torch.empty(0, dtype=tensor.dtype)
+    window.set_(base.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return window
