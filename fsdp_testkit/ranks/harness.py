@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.ranks.job import Job, JobReport
@@ -51,7 +51,7 @@ class Harness:
         self,
         folder: Path | None = None,
         *,
-        start_method: Literal["forkserver", "spawn"] = "forkserver",
+        start_method: str = "forkserver",
         preload: Sequence[str] = DEFAULT_PRELOAD,
         grace: float = 3.0,
     ) -> None:
@@ -84,10 +84,9 @@ class Harness:
                 that says to the failure.
 
         Raises:
-            UsageError: the job has impossible values, or the harness is closed.
+            UsageError: the harness is closed, or belongs to another process.
             EnvironmentLacksError: the rank server cannot be started.
         """
-        job.check()
         if self._closed or os.getpid() != self._owner:
             raise UsageError("the harness is closed, or belongs to another process")
         with self._lock:
@@ -96,7 +95,11 @@ class Harness:
             hung = report.failure is not None and report.failure.kind == "hang"
             if hung and explain_hangs and job.comm in ("gloo", "nccl") and job.processes > 1:
                 assert report.failure is not None
-                second = self._run(replace(job, env={**job.env, **DETAIL}), identity, 1)
+                try:
+                    second = self._run(replace(job, env={**job.env, **DETAIL}), identity, 1)
+                except BaseException:
+                    report.discard()
+                    raise
                 report.failure.explanation = explain(second.outcome, second.replies, second.failure)
                 second.discard()
             return report

@@ -36,6 +36,9 @@ class Job:
         env: environment variables set in the ranks only.
         name: shown in reports; the target where empty.
         min_observations: a rank that returns with fewer calls of ``context.observe`` is a failure.
+
+    Raises:
+        UsageError: names the field, its value and what it must be.
     """
 
     target: str
@@ -58,18 +61,11 @@ class Job:
         """The name, or the target."""
         return self.name or self.target
 
-    def check(self) -> None:
-        """Refuse impossible values; called by `Harness.run` before anything is started.
-
-        Raises:
-            UsageError: names the field, its value and what it must be.
-        """
+    def __post_init__(self) -> None:
         if not isinstance(self.target, str) or not _TARGET.fullmatch(self.target):
             raise UsageError(f"target={self.target!r} must look like 'package.module:function'")
         if self.target.startswith("__main__:"):
-            raise UsageError(
-                f"target={self.target!r} must live in an importable module: ranks do not run __main__"
-            )
+            raise UsageError(f"target={self.target!r} must live in an importable module: ranks do not run __main__")
         for label, value, known in (("device", self.device, DEVICES), ("comm", self.comm, COMMS)):
             if value not in known:
                 raise UsageError(f"{label}={value!r} must be one of {', '.join(known)}")
@@ -120,8 +116,10 @@ class RankReply:
         seconds: from the start of the rank to its reply; to its end where there was no reply.
         ready_seconds: from the start of the rank until its process group was ready and the target imported.
         exitcode: exit status; ``None`` where a signal ended it or the end was not observed.
-        signal: name of the signal that ended the process, such as ``SIGSEGV``, or ``""``.
-        error: ``TypeName: message`` of the exception, reason of the skip, or the native error text.
+        signal: name of the signal that ended the process, such as ``SIGSEGV``; ``""`` where none did, or where
+            the harness sent it.
+        error: ``TypeName: message`` of the exception, reason of the skip, native error text, or the place of a
+            rank that had to be stopped.
         traceback: formatted on the rank.
         stderr: the tail of what the rank wrote to stdout and stderr.
         stack: Python stacks of all its threads, where it was asked for them.

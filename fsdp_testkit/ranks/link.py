@@ -111,9 +111,7 @@ def open_store() -> tuple[Any, int]:
         (store, port); the store ends with its last reference.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a caller that turns warnings into errors does not mean torch's import
+        warnings.simplefilter("ignore")  # a caller that turns warnings into errors does not mean torch's import
         import torch.distributed as dist
     # The harness binds the socket itself: torch would listen on all interfaces.
     with socket.socket() as listener:

@@ -185,11 +185,12 @@ def step(state: State, event: Event, now: float) -> tuple[State, tuple[Action, .
 def _apply(state: State, event: Event, now: float) -> State:
     match event:
         case Replied(rank, status):
-            if state.ranks[rank].status == "running":
+            known = state.ranks[rank]
+            if known.status == "running":
                 return _update(state, rank, status=status, settled_at=now)
-            return _note(
-                state, f"rank {rank} replied {status!r} when its status was {state.ranks[rank].status!r}"
-            )
+            if status == "raised" and any(other.killed for other in state.ranks):
+                return state  # it lost its peers because they were killed
+            return _note(state, f"rank {rank} replied {status!r} too late: it counts as {known.status}")
         case Exited(rank, code):
             known = state.ranks[rank]
             if known.status == "running":
@@ -228,9 +229,7 @@ def _advance(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
             return replace(state, phase=Phase.DRAINING, until=until), ()
         return state, ()
     if state.phase is Phase.DUMPING:
-        waiting = _where(
-            state, lambda known: known.status in ("hung", "stopped") and known.alive and not known.dumped
-        )
+        waiting = _where(state, lambda known: known.status in ("hung", "stopped") and known.alive and not known.dumped)
         if waiting and now < state.until:
             return state, ()
         return _kill(replace(state, phase=Phase.ENDING), alive, now)
@@ -242,7 +241,7 @@ def _advance(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
     if unkilled:
         names = ", ".join(map(str, unkilled))
         state = _note(
-            state, f"rank {names} did not end within {state.grace:g} s after its success: it was killed"
+            state, f"rank {names} did not end within {state.grace:g} s after all had succeeded, and was killed"
         )
         return _kill(state, alive, now)
     for rank in alive:
@@ -253,7 +252,7 @@ def _advance(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
 
 def _end(state: State, alive: tuple[int, ...], now: float) -> tuple[State, tuple[Action, ...]]:
     state = replace(state, phase=Phase.ENDING)
-    # Only when all succeeded they leave their group in an orderly way: with a peer gone this may hang or abort.
+    # Only when all succeeded they leave their group in good order: with a peer gone this may hang or abort.
     if all(known.status == "ok" for known in state.ranks):
         return replace(state, until=now + state.grace), (Release(alive),) if alive else ()
     return _kill(state, alive, now)

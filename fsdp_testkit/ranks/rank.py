@@ -6,7 +6,6 @@ import faulthandler
 import importlib
 import json
 import os
-import random
 import signal
 import socket
 import sys
@@ -80,9 +79,13 @@ def main(rank: int, channel: int, spec: int) -> NoReturn:
         value = function(context, **raw["args"])
         reply = {"status": "ok", "value": value, "observations": context.observations}
     except BaseException as error:  # whatever it is, the parent has to hear of it
-        reporter.send(_describe(error))
-        # Ends here, without leaving the group: the closed connections tell the other ranks at once.
-        reporter.end(1)
+        reply = _describe(error)
+        reporter.send(reply)
+        if reply["status"] == "raised":
+            # Ends without leaving the group: the closed connections tell the other ranks at once.
+            reporter.end(1)
+        reporter.await_release()  # others may be about to skip as well, and must not fail over this rank
+        reporter.end(0)
     reporter.send_value(reply)
     reporter.await_release()
     _leave()
@@ -112,16 +115,12 @@ class _Reporter:
         try:
             size = len(json.dumps(reply["value"]))
         except BaseException as error:
-            problem: BaseException = TypeError(
-                f"the target must return JSON data: {type(error).__name__}: {error}"
-            )
+            problem: BaseException = TypeError(f"the target must return JSON data: {type(error).__name__}: {error}")
         else:
             if size <= REPLY_LIMIT - 4096:
                 self.send(reply)
                 return
-            problem = ValueError(
-                f"the target returned {size} bytes of JSON; large values belong in context.folder"
-            )
+            problem = ValueError(f"the target returned {size} bytes of JSON; large values belong in context.folder")
         self.send(_describe(problem))
         self.end(1)
 
@@ -146,7 +145,6 @@ def _settle_in(raw: dict[str, Any], rank: int) -> None:
     except OSError as error:
         print(f"rank {rank}: cannot enter {raw['cwd']}: {error}", file=sys.stderr)  # noqa: T201
     importlib.invalidate_caches()
-    random.seed(0)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable(file=2, all_threads=True)
@@ -163,6 +161,8 @@ def _join(raw: dict[str, Any], rank: int) -> RankContext:
         if device == "cpu":
             torch.set_num_threads(1)
         else:
+            if torch.cuda.device_count() == 0:
+                raise RuntimeError("device='cuda' was asked for, and this rank sees no GPU")
             index = rank % torch.cuda.device_count()
             torch.cuda.set_device(index)
             device = f"cuda:{index}"
@@ -172,9 +172,7 @@ def _join(raw: dict[str, Any], rank: int) -> RankContext:
         # A forked rank has inherited the level of the server's environment.
         dist.set_debug_level_from_env()
         limit = timedelta(seconds=raw["group_timeout"])
-        client = dist.TCPStore(
-            "127.0.0.1", raw["store_port"], is_master=False, wait_for_workers=False, timeout=limit
-        )
+        client = dist.TCPStore("127.0.0.1", raw["store_port"], is_master=False, wait_for_workers=False, timeout=limit)
         store = dist.PrefixStore(f"{raw['job']}/{raw['attempt']}", client)
         if comm in ("gloo", "nccl"):
             own = {"device_id": torch.device(device)} if comm == "nccl" else {}
@@ -216,7 +214,8 @@ def _leave() -> None:
 
 def _describe(error: BaseException) -> dict[str, Any]:
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    skipped = "SkipTest" in kinds or ("Skipped" in kinds and type(error).__module__.startswith("_pytest"))
+    # pytest's is known by name, so that ranks need no pytest.
+    skipped = "SkipTest" in kinds or {"Skipped", "OutcomeException"} <= kinds
     try:
         text = "".join(traceback.format_exception(type(error), error, _own_frames(error.__traceback__)))
     except BaseException as problem:

@@ -19,15 +19,17 @@ from fsdp_testkit.ranks.job import Job, JobReport, RankReply
 from fsdp_testkit.ranks.link import ONE_THREAD, ServerLink, is_stopped, loopback
 from fsdp_testkit.ranks.machine import Phase
 from fsdp_testkit.ranks.rank import REPLY_LIMIT
-from fsdp_testkit.ranks.stacks import is_consequence, native_error, sits_in, tail
+from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, tail
 from fsdp_testkit.ranks.verdict import judge
 
 LOG_TAIL = 8000
 STACK_LIMIT = 100_000
 #: Seconds between looks at the stack files while they are being written.
 STACK_POLL = 0.03
-#: Bytes that a rank may send without completing a message.
-BUFFER_LIMIT = REPLY_LIMIT + 4096
+#: Bytes that a rank may send in all: one reply, and little else.
+RECEIVE_LIMIT = REPLY_LIMIT + 65536
+#: Messages of a rank that are discarded before its channel is closed.
+DISCARD_LIMIT = 10
 
 
 @dataclass(slots=True)
@@ -41,6 +43,8 @@ class _Seat:
     started: float
     pid: int = 0
     buffer: bytes = b""
+    received: int = 0
+    discarded: int = 0
     reply: dict[str, Any] = field(default_factory=dict)
     ended: float = 0.0
     problem: str = ""
@@ -51,9 +55,7 @@ class _Seat:
 class Run:
     """One attempt at a job; `execute` it once, then `close` it."""
 
-    def __init__(
-        self, job: Job, identity: str, attempt: int, folder: Path, link: ServerLink, port: int
-    ) -> None:
+    def __init__(self, job: Job, identity: str, attempt: int, folder: Path, link: ServerLink, port: int) -> None:
         self.job = job
         self.identity = identity
         self.attempt = attempt
@@ -117,14 +119,12 @@ class Run:
         if job.device == "cpu":
             env |= ONE_THREAD
         else:
-            env.setdefault(
-                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-            )  # deterministic cuBLAS; read when CUDA starts
+            env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
         if self.port and (name := loopback()):
             env["GLOO_SOCKET_IFNAME"] = name
         env |= {"WORLD_SIZE": str(job.world_size), "LOCAL_WORLD_SIZE": str(job.processes)}
-        # Normally the harness's deadline comes first, with the stacks of all ranks. In the run that explains a
-        # hang the group has to give up earlier: that is what makes it name the rank that is missing.
+        # Normally the harness's deadline comes first, with the stacks of all ranks. In the run that explains
+        # a hang the group has to give up earlier: that is what makes it name the rank that is missing.
         timeout = job.deadline / 2 if self.attempt else job.deadline + 30.0
         return {
             "job": self.identity,
@@ -183,13 +183,12 @@ class Run:
                     self.selector.unregister(seat.channel)
                 return
             *lines, seat.buffer = (seat.buffer + data).split(b"\n")
-            for line in lines:
+            for line in lines[: DISCARD_LIMIT + 1]:
                 self._take(seat, line)
-            if len(seat.buffer) > BUFFER_LIMIT:
-                self.notes.append(
-                    f"rank {seat.rank} sent more than {BUFFER_LIMIT} bytes: its channel was closed"
-                )
-                seat.problem = "its reply was longer than a reply may be"
+            seat.received += len(data)
+            # Or it could keep the parent busy past the deadline.
+            if seat.received > RECEIVE_LIMIT or seat.discarded > DISCARD_LIMIT:
+                self.notes.append(f"rank {seat.rank} sent more than a reply: its channel was closed")
                 self.selector.unregister(seat.channel)
                 seat.channel.close()
 
@@ -203,6 +202,7 @@ class Run:
         else:
             problem = self._objection(seat, reply)
         if problem:
+            seat.discarded += 1
             self.notes.append(f"a reply on the channel of rank {seat.rank} was discarded: it {problem}")
         elif not seat.reply:
             # A late one is noted by the state machine and must not change the report.
@@ -216,10 +216,7 @@ class Run:
         tag = (reply.get("job"), reply.get("rank"), reply.get("attempt"))
         if tag != (self.identity, seat.rank, self.attempt):
             return f"belongs to (job, rank, attempt) = {tag}"
-        if (
-            reply.get("status") not in ("ok", "raised", "skipped")
-            or type(reply.get("observations", 0)) is not int
-        ):
+        if reply.get("status") not in ("ok", "raised", "skipped") or type(reply.get("observations", 0)) is not int:
             return "has no valid status or number of observations"
         numbers = (reply.get("at"), reply.get("seconds"), reply.get("ready"))
         texts = (reply.get("error", ""), reply.get("traceback", ""))
@@ -249,9 +246,7 @@ class Run:
         elif seat.pid:
             self.link.signal(seat.pid, signal.SIGUSR1)
             if is_stopped(seat.pid):
-                self.notes.append(
-                    f"rank {seat.rank} was in the stopped state (SIGSTOP); continued for its stack"
-                )
+                self.notes.append(f"rank {seat.rank} was in the stopped state (SIGSTOP); continued for its stack")
                 self.link.signal(seat.pid, signal.SIGCONT)
 
     def _look_for_stacks(self) -> None:
@@ -282,7 +277,7 @@ class Run:
     def _reply(self, seat: _Seat) -> RankReply:
         known, sent = self.state.ranks[seat.rank], seat.reply
         log = tail(seat.log, LOG_TAIL)
-        stack = tail(seat.stack, STACK_LIMIT) if known.status in ("hung", "stopped") else ""
+        stack = own_part(tail(seat.stack, STACK_LIMIT)) if known.status in ("hung", "stopped") else ""
         collective, place = sits_in(stack) if stack else ("", "")
         error = str(sent.get("error", "")) or seat.problem
         if known.status == "died":
@@ -290,6 +285,7 @@ class Run:
         elif known.status in ("hung", "stopped"):
             error = place
         by_signal = known.code is not None and known.code < 0
+        own_signal = by_signal and not known.killed and known.status not in ("hung", "stopped")
         ended = seat.ended or time.monotonic()
         return RankReply(
             rank=seat.rank,
@@ -299,7 +295,7 @@ class Run:
             seconds=sent.get("seconds", ended - seat.started),
             ready_seconds=sent.get("ready", 0.0),
             exitcode=None if by_signal else known.code,
-            signal=_signal_name(-known.code) if known.code is not None and by_signal else "",
+            signal=_signal_name(-known.code) if known.code is not None and own_signal else "",
             error=error,
             traceback=str(sent.get("traceback", "")),
             stderr=log,

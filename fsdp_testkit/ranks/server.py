@@ -1,10 +1,10 @@
 """The rank server: a small process that starts ranks, reaps them, and ends them when it or the parent dies.
 
-It is single-threaded and never runs a target itself. With ``fork`` it has the heavy modules imported, so that a
-rank is ready in hundredths of a second and shares their memory; with ``spawn`` it imports nothing and starts a
-fresh interpreter for each rank. Why not ``multiprocessing``'s forkserver: that one is a singleton of the whole
-parent process, re-imports the parent's ``__main__`` in every rank, keeps the environment of its first use, and
-leaves its processes behind until the parent ends.
+It is single-threaded and never runs a target itself. With ``fork`` it has the heavy modules imported, so that
+a rank is ready in hundredths of a second and shares their memory; with ``spawn`` it imports nothing and starts
+a fresh interpreter for each rank. Why not the forkserver of ``multiprocessing``: that one is a singleton of the
+whole parent process, re-imports the parent's ``__main__`` in every rank, keeps the environment of its first use
+and leaves its processes behind until the parent ends.
 
 Messages are JSON datagrams on a Unix socket that only the parent and the server hold:
 
@@ -186,7 +186,7 @@ class _Server:
 def _become_rank(server: int, log: int) -> None:
     # A group of its own: what the rank starts is ended with it.
     os.setpgid(0, 0)
-    # The server has one thread, so this means: when the server ends the kernel kills the rank, even where it is
+    # The server has one thread, so this means: when the server ends the kernel kills the rank, even one that is
     # stuck in C code or stopped.
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:
@@ -194,6 +194,7 @@ def _become_rank(server: int, log: int) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asked for its stack before it can give one: no reason to die
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -91,7 +91,13 @@ def _is_torch(frame: Frame) -> bool:
 
 
 def _is_own(frame: Frame) -> bool:
-    return frame.file.startswith(_OWN)
+    return frame.file.startswith(_OWN) or frame.file == "<string>"
+
+
+def own_part(stack: str) -> str:
+    """Return a faulthandler dump without the frames of the harness itself."""
+    lines = stack.splitlines()
+    return "\n".join(line for line in lines if not ((match := _FRAME.match(line)) and _is_own(Frame(*match.groups()))))
 
 
 def native_error(log: str) -> str:
@@ -105,7 +111,7 @@ def native_error(log: str) -> str:
         if line.startswith("Fatal Python error"):
             return line
     for line in reversed(lines):
-        if re.search(r"\b(error|exception|abort|assert\w*|check failed|killed)\b", line, re.IGNORECASE):
+        if re.search(r"\w*(error|exception)\b|\babort|\bassert|check failed", line, re.IGNORECASE):
             return line
     return ""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fsdp_testkit.ranks.job import Job, JobFailure, RankReply, _indent
 
-_SILENT = ("raised", "died", "lost")
+_BROKEN = ("raised", "died", "lost")
 STDERR_SHOWN = 15
 
 
@@ -32,25 +32,19 @@ def judge(job: Job, replies: Sequence[RankReply], times: Sequence[float]) -> tup
     return "failed", JobFailure(kind=kind, first_rank=first, summary=summary, text=_account(replies, first))
 
 
-def _cause(
-    job: Job, replies: Sequence[RankReply], times: Sequence[float], idle: list[int]
-) -> tuple[str, int, str]:
+def _cause(job: Job, replies: Sequence[RankReply], times: Sequence[float], idle: list[int]) -> tuple[str, int, str]:
     count = len(replies)
-    broken = [reply for reply in replies if reply.status in _SILENT]
+    broken = [reply for reply in replies if reply.status in _BROKEN]
     roots = [reply for reply in broken if not reply.consequence]
-    if not roots and any(reply.status in ("hung", "stopped", "skipped") for reply in replies):
-        roots = broken
     if broken:
-        for reply in broken:
-            reply.consequence = reply.consequence and bool(roots) and reply not in roots
         # A death is noticed a little later than the errors that it causes elsewhere.
         first = min(roots or broken, key=lambda reply: times[reply.rank] - 0.05 * (reply.status == "died"))
         first.consequence = False
         return _kind(first), first.rank, f"rank {first.rank} of {count} {_deed(first)}"
     hung = [reply for reply in replies if reply.status == "hung"]
-    if hung:
-        return _hang(job, replies, hung)
     skipped = [reply for reply in replies if reply.status == "skipped"]
+    if hung and not skipped:
+        return _hang(job, replies, hung)
     if skipped:
         lone = skipped[0]
         others = _names([reply.rank for reply in replies if reply.status != "skipped"])
@@ -68,11 +62,9 @@ def _cause(
 def _hang(job: Job, replies: Sequence[RankReply], hung: list[RankReply]) -> tuple[str, int, str]:
     # Who waits in a collective waits for somebody: the rank that is elsewhere is the one to look at.
     elsewhere = [reply for reply in hung if not reply.collective]
-    returned = [reply.rank for reply in replies if reply.status in ("ok", "skipped")]
+    returned = [reply.rank for reply in replies if reply.status == "ok"]
     first = (elsewhere or hung)[0].rank
-    parts = [
-        f"{_names([item.rank])} {_place(item)}" for item in sorted(hung, key=lambda item: item.rank != first)
-    ]
+    parts = [f"{_names([item.rank])} {_place(item)}" for item in sorted(hung, key=lambda item: item.rank != first)]
     if returned:
         parts.append(f"{_names(returned)} had returned")
         if not elsewhere:
@@ -123,20 +115,18 @@ def _deed(reply: RankReply) -> str:
 
 def _account(replies: Sequence[RankReply], first: int) -> str:
     groups: dict[str, list[RankReply]] = {}
-    for reply in sorted(
-        replies, key=lambda item: (item.rank != first, item.status == "ok", item.consequence)
-    ):
+    for reply in sorted(replies, key=lambda item: (item.rank != first, item.status == "ok", item.consequence)):
         body = _body(reply)
         deed = _deed(reply)
         # Ports, addresses and times differ from rank to rank in what is the same traceback.
-        same = re.sub(r"0x[0-9a-f]+|[0-9]+", "#", deed + body)
-        key = f"{reply.rank if reply.rank == first else ''}|{reply.status}|{same}"
+        key = f"{reply.status}|{re.sub(r'0x[0-9a-f]+|[0-9]+', '#', deed + body)}"
         groups.setdefault(key, []).append(reply)
     parts = []
     for members in groups.values():
         lead = members[0]
         mark = " (a consequence of another rank's end)" if lead.consequence else ""
-        mark = " <- look here first" if lead.rank == first else mark
+        if lead.rank == first:
+            mark = " <- look here first" if len(members) == 1 else f" <- rank {first} first"
         text = f"{_names([item.rank for item in members])} {_deed(lead)}{mark}"
         body = _body(lead)
         parts.append(f"{text}\n{_indent(body)}" if body else text)
@@ -176,12 +166,10 @@ def explain(kind: str, replies: Sequence[RankReply], failure: JobFailure | None)
     named = [
         reply.error.strip()
         for reply in replies
-        if re.search(r"mismatch between collectives|monitoredBarrier|collective", reply.error)
-        and not reply.consequence
+        if re.search(r"mismatch between collectives|monitoredBarrier|collective", reply.error) and not reply.consequence
     ]
     if named:
-        unique = {re.sub(r"\d+", "#", text): text for text in named}
-        return "\n".join(text[:2000] for text in unique.values())
+        return named[0][:2000]  # the other ranks say the same the other way round
     if failure is None:
         return f"the second run did not hang ({kind}): the hang depends on timing"
     return failure.summary[:2000]
