@@ -27,9 +27,7 @@ def config_class(model_type: str) -> Any:
         UsageError: the type is not a causal LM of the installed transformers.
     """
     if model_type not in causal_lm_types():
-        raise UsageError(
-            f"model_type={model_type!r} must be a causal-LM model type; near: {near_matches(model_type)}"
-        )
+        raise UsageError(f"model_type={model_type!r} must be a causal-LM model type; near: {near_matches(model_type)}")
     return CONFIG_MAPPING[model_type]
 
 
@@ -39,8 +37,17 @@ def any_config_class(model_type: str) -> Any:
 
 
 def causal_lm_class(config: Any) -> Any:
-    """Return the class that the causal-LM mapping gives for a config."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    """Return the class that the causal-LM mapping gives for a config, or ``None``."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def part_for(config: Any, model_class: Any) -> Any:
+    """Return the config, or the sub-config of it that the class is made for (a text model of a composite)."""
+    wanted = model_class.config_class
+    if wanted is None or isinstance(config, wanted):
+        return config
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return next((part for part in parts if isinstance(part, wanted)), config)
 
 
 def sub_config_specs(config_type: Any) -> dict[str, tuple[Any, dict[str, Any], bool]]:

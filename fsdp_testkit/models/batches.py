@@ -13,6 +13,9 @@ from fsdp_testkit.models.overrides import OVERRIDES
 
 #: Label that losses ignore.
 IGNORED = -100
+#: A model class may have a static method of this name, ``(config, inputs, generator) -> dict``, whose result is
+#: added to the inputs: that is how somebody's own model gets what it needs beyond ids and labels.
+HOOK = "fsdp_testkit_inputs"
 #: Further ignored labels of a rank: ``(3 * rank + step + micro) % SPREAD``, different for up to 11 ranks.
 SPREAD = 11
 
@@ -49,7 +52,7 @@ def make_batch(
 
     Args:
         config: config of the model; its vocabulary bounds the ids.
-        model_class: class of the model; decides on extra inputs.
+        model_class: class of the model; its `HOOK`, where it has one, adds inputs.
         rank: global rank whose data this is.
         step: optimizer step, from 0.
         micro: micro-batch within the step, from 0.
@@ -68,8 +71,11 @@ def make_batch(
     chosen = torch.randperm(free, generator=generator)[:ignored]
     labels[chosen // (length - 1), 1 + chosen % (length - 1)] = IGNORED
     inputs = {"input_ids": ids, "labels": labels}
-    inputs.update(extra_inputs(config, model_class, batch_size, length, generator))
-    return Batch(inputs=inputs, tokens=int((labels != IGNORED).sum()))
+    override = OVERRIDES.get(getattr(config, "model_type", ""))
+    hook = getattr(model_class, HOOK, None) or (override.inputs if override is not None else None)
+    if hook is not None:
+        inputs.update(hook(config, inputs, generator))
+    return Batch(inputs=inputs, tokens=int((inputs["labels"] != IGNORED).sum()))
 
 
 def vocabulary(config: Any) -> int:
@@ -79,13 +85,3 @@ def vocabulary(config: Any) -> int:
         if isinstance(size, int):
             return size
     return rules.VOCAB
-
-
-def extra_inputs(
-    config: Any, model_class: Any, batch_size: int, length: int, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """Return what the forward needs beyond ids and labels."""
-    override = OVERRIDES.get(getattr(config, "model_type", ""))
-    if override is None or override.inputs is None:
-        return {}
-    return override.inputs(config, model_class, batch_size, length, generator)

@@ -20,14 +20,13 @@ from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.models import adapter
 from fsdp_testkit.models.catalogue import causal_lm_types
-from fsdp_testkit.models.overrides import OVERRIDES
 from fsdp_testkit.models.tiny import tiny_config
 
 #: Standard deviation of the noise on every weight: as large as the usual initialisation, so that no weight is
 #: left at the ones and zeros that hide a lost or unsynchronised parameter.
 WEIGHT_NOISE = 0.02
-#: The same for persistent buffers. Small against the spread of a router's scores: a routing bias must be
-#: visible when it is lost and must not starve an expert.
+#: The same for persistent buffers and frozen parameters. Small against the spread of a router's scores: a
+#: routing bias must be visible when it is lost and must not starve an expert.
 BUFFER_NOISE = 0.002
 
 
@@ -37,23 +36,13 @@ def resolve(spec: ModelSpec) -> tuple[Any, Any]:
     Raises:
         UsageError: the model type, config or class cannot be found.
     """
-    if spec.config:
-        config = _custom_config(spec)
-    else:
-        config = tiny_config(spec.model_type, tie=spec.tie, dropout=spec.dropout)
-    override = OVERRIDES.get(spec.model_type)
+    config = _custom_config(spec) if spec.config else tiny_config(spec.model_type, tie=spec.tie, dropout=spec.dropout)
     if spec.model_class:
         return config, _imported(spec.model_class)
-    if override and not spec.config and override.config_part:
-        config = getattr(config, override.config_part)
-    if override and override.model_class:
-        return config, _imported(override.model_class)
-    try:
-        return config, adapter.causal_lm_class(config)
-    except KeyError:
-        raise UsageError(
-            f"model_type={spec.model_type!r} has no causal-LM class: give model_class='module:QualName'"
-        ) from None
+    model_class = adapter.causal_lm_class(config)
+    if model_class is None:
+        raise UsageError(f"model_type={spec.model_type!r} has no causal-LM class: give model_class='module:QualName'")
+    return adapter.part_for(config, model_class), model_class
 
 
 def spec_from_file(path: str | Path, *, tie: bool | None = None, dropout: float = 0.0) -> ModelSpec:
@@ -125,15 +114,14 @@ def perturb(model: nn.Module, seed: int) -> None:
     The noise of a tensor depends on ``seed`` and its name only, not on the order of the modules.
     """
     persistent = set(model.state_dict(keep_vars=True))
-    tensors = [(name, item, WEIGHT_NOISE) for name, item in model.named_parameters()]
-    tensors += [(name, item, BUFFER_NOISE) for name, item in model.named_buffers() if name in persistent]
-    for name, item, scale in tensors:
+    tensors = list(model.named_parameters())
+    tensors += [(name, item) for name, item in model.named_buffers() if name in persistent]
+    for name, item in tensors:
+        scale = WEIGHT_NOISE if item.requires_grad else BUFFER_NOISE
         if item.is_floating_point():
             generator = torch.Generator().manual_seed(number_from(seed, name))
             noise = torch.randn(item.shape, generator=generator, dtype=torch.float32)
-            item.data.add_(
-                noise.to(item.dtype), alpha=scale
-            )  # .data: no graph, also where a gradient is wanted
+            item.data.add_(noise.to(item.dtype), alpha=scale)  # .data: no graph, also where a gradient is wanted
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:

@@ -42,6 +42,8 @@ HEADLINE = HEADLINE_DENSE + HEADLINE_MOE
 #: Model types that cannot be tested, with the reason that is printed in their result rows.
 IMPOSSIBLE: dict[str, str] = {
     "gemma3n": "its vision tower needs timm and torchvision and has no size field to make it small",
+    "gemma4_assistant": "a drafter: it takes the keys and values of another model and computes no loss",
+    "gemma4_unified_assistant": "a drafter: it takes the keys and values of another model and computes no loss",
 }
 
 _MAPPING = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"

@@ -1,35 +1,57 @@
 """Which parameters stay without a gradient in a text-only training step, and why.
 
-Everything else has to have a gradient that is not zero. Patterns are searched in the parameter's name.
+Everything else that requires a gradient has to get one that is not zero.
 """
 
 from __future__ import annotations
 
 import re
 
-#: Model type -> pattern of parameters whose ``grad`` stays ``None``.
-NO_GRADIENT: dict[str, str] = {
-    # the indexer picks keys by top-k, which has no derivative; training it takes a loss of its own
-    "glm_moe_dsa": r"\.indexer\.",
+#: Parameters whose ``grad`` stays ``None`` in every model type, where they require one at all.
+_EVERYWHERE = (
+    # decoders of encoder-decoders get no encoder states
+    r"\b(encoder_attn|encoder_attn_layer_norm|cross_attn|crossattention)\b",
+    # towers see no pixels and no sound
+    r"(^|\.)(vision|audio|image)_|multi_modal_projector|embed_(vision|audio)",
+    # indexers pick keys by top-k, which has no derivative; training them takes a loss of its own
+    r"indexer",
+)
+
+#: Where that does not hold for a model type: the whole pattern instead.
+_INSTEAD: dict[str, str] = {
+    # the patcher finds the borders of patches by entropy, without a gradient
+    "blt": r"\.patcher\.",
+    # its batches have pixels
+    "git": r"(?!)",
+    # a layer with cross-attention is skipped whole when there is no image
+    "mllama": r"\.layers\.1\.",
 }
 
-#: Model type -> pattern of parameters whose gradient is zero although they take part.
-ZERO_GRADIENT: dict[str, str] = {
+#: Further parameters of a model type.
+_FURTHER: dict[str, str] = {
+    "big_bird": r"\.pooler\.",  # built by default, used by classifiers only
+    "marian": r"\.embed_positions\.",  # a fixed sinusoidal table that is a parameter
+    "pegasus": r"\.embed_positions\.",
+    "roformer": r"\.embed_positions\.",
+    "reformer": r"^lm_head\.bias$",  # registered twice; the other name gets the gradient
+    "xlnet": r"\.(r_s_bias|seg_embed|mask_emb)$",  # segments and permutation masks are not in a text batch
+}
+
+#: Model type -> parameters whose gradient is zero although they take part.
+_ZERO: dict[str, str] = {
     # without jitter the sparse mixer masks all but the best expert, so the routing weight is the constant 1
     "phimoe": r"\.router\.",
 }
 
 
 def expects_no_gradient(model_type: str, name: str) -> bool:
-    """Return whether the parameter's ``grad`` stays ``None``."""
-    return _found(NO_GRADIENT, model_type, name)
+    """Return whether the parameter's ``grad`` stays ``None`` although it may require one."""
+    pattern = _INSTEAD.get(model_type, "|".join(_EVERYWHERE))
+    further = _FURTHER.get(model_type)
+    return re.search(pattern, name) is not None or (further is not None and re.search(further, name) is not None)
 
 
 def expects_zero_gradient(model_type: str, name: str) -> bool:
     """Return whether the parameter's gradient is zero everywhere."""
-    return _found(ZERO_GRADIENT, model_type, name)
-
-
-def _found(table: dict[str, str], model_type: str, name: str) -> bool:
-    pattern = table.get(model_type)
+    pattern = _ZERO.get(model_type)
     return pattern is not None and re.search(pattern, name) is not None

@@ -58,9 +58,7 @@ class Fields:
         return self.has(EXPERT_COUNT) and not self.has(own_size)
 
 
-EXPERT_COUNT: Final = (
-    "num_(local_)?experts|n_routed_experts|moe_num_experts|num_experts_total|num_routed_experts"
-)
+EXPERT_COUNT: Final = "num_(local_)?experts|n_routed_experts|moe_num_experts|num_experts_total|num_routed_experts"
 
 Value = int | object | Callable[[Fields], Any]
 
@@ -130,8 +128,35 @@ SIZE_RULES: tuple[tuple[str, Value], ...] = (
     # state spaces
     (r"mamba_d_state|state_size|ssm_state_size", 10),
     (r"mamba_n_heads|mamba_num_heads", HIDDEN * 2 // HEAD_DIM),
+    (r"mamba_d_ssm", HIDDEN * 2),
     (r"block_multiple_of", 1),
+    # small ranks and tables beside the main path
+    (r"gated_norm_rank|laurel_rank|adapter_rank|d_rel", 6),
+    (r"hc_lowrank|prompt_mid_dim|pronunciation_embed_dim", 12),
+    (r"hidden_size_per_layer_input|prompt_types|segment_types", 9),
+    (r"(position_bias_|relative_attention_)?num_buckets|rel_extent", 8),
+    (r"(position_bias_|relative_attention_|relative_)max_distance|mem_len", 12),
+    (r"prompt_length", 7),
+    (r"input_embedding_size|shape_embed_dim", 24),
+    (r"output_embedding_size", 40),
+    (r"index_topk_blocks", 1),
+    (r"d_kv", HEAD_DIM),
+    (r"d_ff", FFN),
+    (r"num_centroids|centroid_intermediate_top_k|classifier_proj_size", KEEP),
+    # vision and audio towers: built, loaded and sharded, but a text batch does not enter them
+    (r"patch_size", 4),
+    (r"image_size|crop_size|image_seq_length|num_position_embeddings", 16),
+    (r"mm_tokens_per_image", 4),
+    (r"mm_posemb_size|position_embedding_size|chroma_length", 17),
+    (r"adapter_(in|out)_dim|adapter_input_size|output_proj_dims|backbone_hidden_size|vision_output_dim", HIDDEN),
+    (r"output_channels|downsample_hidden_size", 12),
+    (r"base_channels", 32),  # 32 groups in its norms
+    (r"num_filters", HEAD_DIM),
+    (r"codebook_dim|vector_quantization_hidden_dimension|num_mel_bins|feature_size|codebook_size", 16),
+    (r"upsample_groups|(ext_pw|depthwise_separable)_out_channel|nemo_conv_channels", HIDDEN),
+    (r"num_quantizers|audio_chunk_size|hop_length|num_chroma|left_chunk|attention_context_left", KEEP),
     # vocabulary and positions
+    (r"encoder_hash_byte_group_vocab", VOCAB),
     (r"vocab_size|unpadded_vocab_size|vocab_size_per_layer_input|\w*_vocab_size", VOCAB),
     (
         r"(original_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length",
@@ -169,8 +194,18 @@ PLACEHOLDERS: tuple[tuple[str, int], ...] = tuple(
 NONE_RULES: tuple[tuple[str, Value], ...] = (
     (r"num_key_value_heads", lambda f: KEEP if f.latent else KV_HEADS),
     (r"num_experts_per_tok", TOP_K),
+    (r"n_routed_experts", EXPERTS),
+    (r"n_shared_experts", 1),
+    (r"head_dim", lambda f: KEEP if f.latent else HEAD_DIM),
     (r"n_inner", FFN),
 )
+
+#: Counts of dense layers at the start of a model whose other layers have experts.
+LEADING_DENSE: Final = ("first_k_dense_replace", "num_dense_layers")
+#: Lists of layers by number.
+LAYER_NUMBERS: Final = r"\w+_(layers|layer_ids|layers_indices|idxs)"
+#: Layers of a model that can slide although its default does not.
+SLIDING: Final = ("sliding_attention", "full_attention")
 
 
 def can_slide(config: Any, lists: dict[str, list[Any]]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from typing import Any
 
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.models import adapter, rules
+from fsdp_testkit.models.catalogue import IMPOSSIBLE
 from fsdp_testkit.models.overrides import OVERRIDES
 from fsdp_testkit.models.rules import KEEP, Fields, Value
 
@@ -27,15 +29,16 @@ def tiny_config(model_type: str, *, tie: bool | None = None, dropout: float = 0.
     Raises:
         UsageError: the type is unknown, or has a size that no rule covers; the message says what to add.
     """
+    if model_type in IMPOSSIBLE:
+        raise UsageError(f"model_type={model_type!r} cannot be tested: {IMPOSSIBLE[model_type]}")
     override = OVERRIDES.get(model_type)
-    values = dict(override.values) if override else {}
+    # a copy: some config classes change the dicts that they are given
+    values = copy.deepcopy(override.values) if override else {}
     kind = adapter.config_class(model_type)
     return _build(kind, {}, values, tie=tie, dropout=dropout)
 
 
-def _build(
-    kind: Any, initial: dict[str, Any], override: dict[str, Any], *, tie: bool | None, dropout: float
-) -> Any:
+def _build(kind: Any, initial: dict[str, Any], override: dict[str, Any], *, tie: bool | None, dropout: float) -> Any:
     """Return ``kind(**kwargs)`` by rule; ``initial`` replaces defaults, ``override`` replaces results."""
     defaults = field_defaults(kind) | initial
     fields = Fields(defaults)
@@ -55,9 +58,7 @@ def _build(
         if part is None or isinstance(part, dict):
             # tying counts in the outermost config; some models read the text part's own flag
             sub_tie = tie if "text" in name or name == "decoder" else None
-            kwargs[name] = (
-                None if part is None else _build(sub_kind, sub_initial, part, tie=sub_tie, dropout=dropout)
-            )
+            kwargs[name] = None if part is None else _build(sub_kind, sub_initial, part, tie=sub_tie, dropout=dropout)
     kwargs.update({name: value for name, value in override.items() if name not in specs})
     if tie is not None and "tie_word_embeddings" in defaults:
         kwargs["tie_word_embeddings"] = tie
@@ -142,12 +143,15 @@ def layer_lists(
     A per-layer list is any list as long as the default config is deep. The first layer of every distinct
     combination over all such lists stays. Nothing is returned where the class has no such field.
     """
-    given = {name: value for name, value in override.items() if name in defaults}
-    if {"num_hidden_layers", "layer_types"} & given.keys() or not ({"num_hidden_layers"} & defaults.keys()):
+    given = {name: value for name, value in override.items() if name in defaults and not isinstance(value, dict)}
+    if "num_hidden_layers" in given or "num_hidden_layers" not in defaults:
         return {}
-    default = default_config(kind, initial | given)
+    default = default_config(kind, initial | given) or default_config(kind, initial)
     if default is None:
-        return {}
+        raise UsageError(
+            f"{kind.__name__} refuses its own defaults, so its kinds of layers cannot be read: add num_hidden_layers "
+            f"and its per-layer lists to an entry in fsdp_testkit/models/overrides.py"
+        )
     depth = default.num_hidden_layers
     lists = {
         name: list(value)
@@ -155,15 +159,35 @@ def layer_lists(
         if isinstance(value := getattr(default, name, None), (list, tuple)) and len(value) == depth > 1
     }
     if rules.can_slide(default, lists):
-        return {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+        return {"layer_types": list(rules.SLIDING), "num_hidden_layers": 2, "sliding_window": rules.WINDOW}
+    # lists of layer numbers, and counts of leading dense layers, say the same as a flag for each layer
+    numbers = {name: value for name in defaults if (value := _layer_numbers(default, name)) is not None}
+    lists = {name: value for name, value in lists.items() if name not in numbers}
+    flags = {name: [layer in value for layer in range(depth)] for name, value in numbers.items()}
+    leading = {name: max(1, getattr(default, name) or 0) for name in defaults if name in rules.LEADING_DENSE}
+    flags.update({name: [layer < count for layer in range(depth)] for name, count in leading.items()})
+    kinds = lists | flags
     seen: dict[str, int] = {}
     for layer in range(depth):
-        seen.setdefault(repr([lists[name][layer] for name in lists]), layer)
+        seen.setdefault(repr([kinds[name][layer] for name in sorted(kinds)]), layer)
     chosen = sorted(seen.values())
     if len(chosen) < 2:
         chosen = list(range(min(2, depth)))
     result: dict[str, Any] = {name: [value[index] for index in chosen] for name, value in lists.items()}
+    result.update({name: [new for new, old in enumerate(chosen) if flags[name][old]] for name in numbers})
+    result.update({name: sum(flags[name][index] for index in chosen) for name in leading})
     return result | {"num_hidden_layers": len(chosen)}
+
+
+def _layer_numbers(config: Any, name: str) -> list[int] | None:
+    """Return the value of a field that lists layers by number, ``None`` for other fields."""
+    if not re.fullmatch(rules.LAYER_NUMBERS, name):
+        return None
+    value = getattr(config, name, None)
+    # flags for each layer can have the same kind of name; they repeat themselves
+    if isinstance(value, (list, tuple)) and list(value) == sorted(set(value)):
+        return list(value)
+    return None
 
 
 def default_config(kind: Any, values: dict[str, Any]) -> Any:
