@@ -62,7 +62,7 @@ class StepOutput:
 class OptimizerConfig:
     """AdamW with two parameter groups: tensors of 2 or more dims decay, the others do not."""
 
-    lr: float = 1e-2
+    lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.95)
     # large against the rounding of a gradient, so that Adam does not amplify it
     eps: float = 1e-4

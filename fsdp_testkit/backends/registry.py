@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from typing import cast
 
 from fsdp_testkit.backends.base import CAPABILITIES, Backend
 from fsdp_testkit.core.errors import UsageError
@@ -36,7 +35,7 @@ def make_backend(name: str) -> Backend:
         raise UsageError(f"backend={name!r} is no Backend: it lacks {', '.join(missing)}")
     if unknown := sorted(set(backend.capabilities) - CAPABILITIES):
         raise UsageError(f"backend={name!r} names unknown capabilities {unknown}; known: {sorted(CAPABILITIES)}")
-    return cast("Backend", backend)
+    return backend
 
 
 _MEMBERS = (

@@ -35,6 +35,15 @@ def check_resume(whole: list[Evidence], resumed: list[Evidence], case: Case, fir
                 )
             _tensors(verdict, before, after, f"gradient/{step}/", "resumed_gradients", where, case)
         end: dict[str, Any] = {"rank": rank, "judged_by": "uninterrupted"}
+        for source, drawn in before.facts["draws"].items():
+            verdict.expect(
+                after.facts["draws"][source] == drawn,
+                check="resumed_rng",
+                message=f"after resuming, the {source} generator is not where the uninterrupted run's is",
+                expected=str(drawn),
+                actual=str(after.facts["draws"][source]),
+                **end,
+            )
         _tensors(verdict, before, after, "final/", "resumed_weights", end, case)
         _tensors(verdict, before, after, "optimizer/", "resumed_optimizer", end, case)
         _restored(verdict, before, after, first)

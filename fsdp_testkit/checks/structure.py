@@ -34,7 +34,7 @@ def check_structure(evidences: list[Evidence], tree: dict[str, Any], layout: Lay
         else:
             _auto_units(verdict, evidence, tree, units)
         if "kept" in evidence.facts:
-            _reshard(verdict, evidence, tree, units, plan)
+            _reshard(verdict, evidence, tree, plan)
         modules = [name for unit in evidence.facts["units"] for name in unit["modules"]]
         verdict.expect(
             "" in modules,
@@ -222,7 +222,7 @@ def _manual_units(
         )
 
 
-def _reshard(verdict: Verdict, evidence: Evidence, tree: dict[str, Any], units: list[set[str]], plan: Any) -> None:
+def _reshard(verdict: Verdict, evidence: Evidence, tree: dict[str, Any], plan: Any) -> None:
     kept = {_canonical(tree).get(name, name) for name in evidence.facts["kept"]}
     wanted: dict[str, bool] = {}
     if isinstance(plan, dict):
@@ -293,7 +293,7 @@ def expand_plan(plan: dict[str, Any], tree: dict[str, Any]) -> tuple[dict[str, d
 
 def expected_units(rules: dict[str, dict[str, Any]], tree: dict[str, Any]) -> list[set[str]]:
     """Return the parameter sets of the plan's units: nested modules apart, tied modules together."""
-    units = []
+    units: list[set[str]] = []
     for module in rules:
         own = _owned(tree, module) - _nested(tree, rules, module)
         if not own:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.errors import UsageError
-from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.core.versions import check_supported
 from fsdp_testkit.engine.catalogue_of_tests import TESTS
+from fsdp_testkit.engine.tests import PROCEDURES, Outcome
 from fsdp_testkit.engine.work import OracleFailedError, SpecWork
 from fsdp_testkit.ranks import Harness
 
@@ -105,8 +105,6 @@ class Engine:
             UsageError: unknown test or variant.
             EnvironmentLacksError: torch or transformers is missing or of an unsupported version.
         """
-        from fsdp_testkit.engine.tests import PROCEDURES, Outcome
-
         if test not in TESTS:
             raise UsageError(f"test={test!r} must be one of {', '.join(TESTS)}")
         if variant not in ("untied", "tied", "default"):
@@ -115,12 +113,13 @@ class Engine:
         spec = replace(spec, tie=tie)
         procedure: Callable[[Engine, SpecWork], list[Outcome]] = PROCEDURES[test]
         started = time.monotonic()
+        hits_before = self._hits()
+        missing = self._missing_capabilities(test)
         try:
-            missing = self._missing_capabilities(test)
             outcomes = (
                 [Outcome.not_applicable(f"backend {self.settings.backend} cannot express: {', '.join(missing)}")]
                 if missing
-                else procedure(self, self._work(spec))
+                else procedure(self, self.work(spec))
             )
         except OracleFailedError as error:
             outcomes = [Outcome.error(str(error))]
@@ -128,6 +127,8 @@ class Engine:
             raise
         except Exception:  # whatever breaks in the parent is an error of this row, not of the session
             outcomes = [Outcome.error(traceback.format_exc())]
+        if self.settings.fault and not missing:
+            judge_hits(outcomes, self._hits() - hits_before)
         seconds = (time.monotonic() - started) / len(outcomes)
         return [outcome.to_result(spec, test, variant, self.settings, seconds) for outcome in outcomes]
 
@@ -174,9 +175,9 @@ class Engine:
     def _placed(self, layout: Layout) -> Layout:
         if self.settings.device == "cpu":
             return layout
-        from fsdp_testkit.ranks import pick_comm
-
         import torch
+
+        from fsdp_testkit.ranks import pick_comm
 
         comm, _ = pick_comm("cuda", layout.world_size, torch.cuda.device_count())
         return replace(layout, device="cuda", comm=comm)
@@ -186,10 +187,11 @@ class Engine:
 
         return sorted(TESTS[test].needs - make_backend(self.settings.backend).capabilities)
 
-    def _work(self, spec: ModelSpec) -> SpecWork:
+    def work(self, spec: ModelSpec) -> SpecWork:
+        """Return the shared work of a spec; asking for another model forgets the last one's."""
         if spec in self._works:
             return self._works[spec]
-        if any(replace(known, tie=None) != replace(spec, tie=None) for known in self._works):
+        if any(same_model(known) != same_model(spec) for known in self._works):
             self._forget()
         if self._harness is None:
             check_supported()
@@ -203,15 +205,26 @@ class Engine:
         )
         return self._works[spec]
 
+    def _hits(self) -> int:
+        return sum(work.fault_hits for work in self._works.values())
+
     def _forget(self) -> None:
         for work in self._works.values():
             work.close()
         self._works.clear()
 
 
-def fault_findings(verdict: Verdict, hits: int | None) -> None:
-    """An armed fault that was never hit proves nothing: say so."""
-    if hits is not None:
-        verdict.expect(
-            hits > 0, Finding(check="fault_hits", message="the armed fault was never hit: this run proves nothing")
-        )
+def same_model(spec: ModelSpec) -> ModelSpec:
+    """Return the spec without what differs between the tests of one model."""
+    return replace(spec, tie=None, dropout=0.0)
+
+
+def judge_hits(outcomes: list[Outcome], hits: int) -> None:
+    """An armed fault that was never hit proves nothing: say so in the first row."""
+    outcomes[0].extra["fault_hits"] = hits
+    outcomes[0].verdict.expect(
+        hits > 0,
+        check="fault_hits",
+        message="the armed fault was never hit: this run proves nothing",
+        judged_by="kit",
+    )

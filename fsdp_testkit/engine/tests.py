@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_testkit.checks.buffers import check_buffers, check_dtypes
@@ -19,9 +22,9 @@ from fsdp_testkit.checks.saving import (
     trained_weights,
 )
 from fsdp_testkit.checks.structure import check_structure
-from fsdp_testkit.checks.training import check_initial
+from fsdp_testkit.checks.training import check_initial, check_training
 from fsdp_testkit.core.case import Case, ModelSpec
-from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.core.evidence import Evidence, TensorData
 from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.core.result import Result
@@ -33,14 +36,14 @@ if TYPE_CHECKING:
 
 FSDP2 = Layout(kind="fsdp", shard=2)
 HSDP = Layout(kind="hsdp", replicate=2, shard=2)
-#: Structure at sizes that the machine need not have, under a fake process group.
-CLAIMED = (
-    Layout(kind="fsdp", shard=3, comm="fake"),
-    Layout(kind="fsdp", shard=8, comm="fake"),
-    Layout(kind="hsdp", replicate=2, shard=4, comm="fake"),
-)
+#: Structure at sizes that the machine need not have, under a fake process group: layout -> claimed ranks.
+CLAIMED: dict[Layout, tuple[int, ...]] = {
+    Layout(kind="fsdp", shard=3, comm="fake"): (0, 1, 2),
+    Layout(kind="fsdp", shard=8, comm="fake"): (0, 7),
+    Layout(kind="hsdp", replicate=2, shard=4, comm="fake"): (0, 7),
+}
 #: Clipping is really active in the last of five steps (asserted), and measured only in the others.
-MAX_NORMS = (0.0, 0.0, 0.0, 0.0, 0.02)
+MAX_NORMS = (0.0, 0.0, 0.0, 0.0, 0.3)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,7 +70,7 @@ class Outcome:
 
     def to_result(self, spec: ModelSpec, test: str, variant: str, settings: Settings, seconds: float) -> Result:
         """Return the row."""
-        findings = self.verdict.findings
+        findings = sorted(self.verdict.findings, key=urgency)
         replay = f"python -m fsdp_testkit replay '{self.case.to_json()}'" if self.case is not None else ""
         compared = self.verdict.tensors > 0
         return Result(
@@ -84,7 +87,7 @@ class Outcome:
             tolerance=self.verdict.tolerance if compared else None,
             checks=self.verdict.checks,
             tensors=self.verdict.tensors,
-            findings=[finding.to_dict() | {"replay": replay} for finding in findings[:50]],
+            findings=[finding.to_dict() | {"replay": replay} for finding in at_most(findings, per_check=8)],
             extra=self.extra
             | ({"case": json.loads(self.case.to_json())} if self.case is not None else {})
             | ({"findings_total": len(findings)} if findings else {}),
@@ -103,18 +106,22 @@ def sharding_structure(engine: Engine, work: SpecWork) -> list[Outcome]:
     if "fake" not in capabilities(engine):
         reason = f"backend {case.backend} cannot load under a fake process group"
         return [*outcomes, *(replace_layout(Outcome.not_applicable(reason), layout) for layout in CLAIMED)]
-    claims = [replace(case, layout=layout, scenario="structure") for layout in CLAIMED]
+    claims = [
+        (replace(case, layout=layout, scenario="structure"), rank)
+        for layout, ranks in CLAIMED.items()
+        for rank in ranks
+    ]
     fake = work.job(
         "structure:run",
-        {"cases": [claim.to_json() for claim in claims], "checkpoint": str(work.checkpoint)},
-        CLAIMED[0],
+        {"claims": [[claim.to_json(), rank] for claim, rank in claims], "checkpoint": str(work.checkpoint)},
+        Layout(kind="fsdp", shard=len(claims)),
         name=f"{work.spec.model_type} claimed structure",
+        comm="none",
     )
-    for index, claim in enumerate(claims):
-        found = [items[0] for name, items in fake.evidence.items() if name.startswith(f"fake{index}_")]
-        outcomes.append(
-            judged(claim, fake, lambda found=found, claim=claim: check_structure(found, tree, claim.layout))
-        )  # type: ignore[misc]
+    for layout in CLAIMED:
+        mine = [index for index, (claim, _) in enumerate(claims) if claim.layout == layout]
+        found = [] if fake.failure else [fake.get()[index] for index in mine]
+        outcomes.append(judged(claims[mine[0]][0], fake, partial(check_structure, found, tree, layout)))
     return outcomes
 
 
@@ -155,10 +162,11 @@ def manual_vs_ddp(engine: Engine, work: SpecWork) -> list[Outcome]:
     case = manual_case(engine, work)
     run = work.train(case)
     if not run.failure and not outcomes[0].outcome:
-        frozen_tree = work.truth(case).facts["tree"]
-        for name in frozen_names(work.truth(case)):
-            frozen_tree["parameters"][name]["requires_grad"] = True  # the structure is read before freezing
-        outcomes[0].verdict.add(check_structure(run.get(), frozen_tree, case.layout))
+        truth = work.truth(case)
+        tree = copy.deepcopy(truth.facts["tree"])  # taken before the case froze anything
+        for name in frozen_names(truth):
+            tree["parameters"][name]["requires_grad"] = False
+        outcomes[0].verdict.add(check_structure(run.get(), tree, case.layout))
     return outcomes
 
 
@@ -189,43 +197,36 @@ def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
         return [judged(case, saved, Verdict.empty)]
     full = trained_weights(saved.get(), case.layout)
     tied = is_tied(work.truth(cases[0]))
-    outcome = judged(
-        case,
-        saved,
-        lambda: (
-            check_trained(saved.get())
-            .add(check_reload(saved.get("reloaded"), full, case.layout, "on 2 ranks"))
-            .add(check_buffers_kept(saved.get()[0], saved.get("reloaded"), "on 2 ranks"))
-        ),
-    )
+    outcome = judged(case, saved, lambda: check_trained(saved.get()))
+    single = Layout(kind="single")
     plain = work.job(
         "saving:plain",
         {"case": case.to_json(), "folder": str(folder), "reference": str(reference)},
-        Layout(kind="single"),
+        single,
         name=f"{work.spec.model_type} plain reload",
     )
-    single = Layout(kind="single")
+    if reference.exists():
+        outcome.verdict.add(check_files(folder, reference, tied))
     outcome.verdict.add(
         judged(
             case,
             plain,
             lambda: (
-                check_files(folder, reference, tied)
-                .add(check_loading_info(plain.get()[0]))
+                check_loading_info(plain.get()[0])
                 .add(check_reload(plain.get(), full, single, "with plain from_pretrained"))
                 .add(check_buffers_kept(saved.get()[0], plain.get(), "with plain from_pretrained"))
             ),
         ).verdict
     )
-    outcome.verdict.add(load_elsewhere(work, case, folder, full, ["fsdp(3)"]))
+    for layouts in (["fsdp(2)"], ["fsdp(3)"]):
+        outcome.verdict.add(load_elsewhere(work, case, folder, saved, full, layouts))
     return [outcome]
 
 
 def dcp(engine: Engine, work: SpecWork) -> list[Outcome]:
     """Save a DCP folder on 2 ranks, load it on 1, 2 and 4 ranks and on 2 x 2."""
-    cases = prepare(engine, work)
+    prepare(engine, work)
     case = replace(auto_case(engine, work, "dcp"), scenario="save", steps=2).with_options(format="dcp")
-    del cases
     folder = work.fresh_folder("dcp")
     saved = work.job(
         "saving:save",
@@ -236,25 +237,17 @@ def dcp(engine: Engine, work: SpecWork) -> list[Outcome]:
     if saved.failure:
         return [judged(case, saved, Verdict.empty)]
     full = trained_weights(saved.get(), case.layout)
-    outcome = judged(
-        case,
-        saved,
-        lambda: (
-            check_trained(saved.get())
-            .add(check_reload(saved.get("reloaded"), full, case.layout, "the DCP folder on 2 ranks"))
-            .add(check_buffers_kept(saved.get()[0], saved.get("reloaded"), "the DCP folder on 2 ranks"))
-        ),
-    )
-    outcome.verdict.add(load_elsewhere(work, case, folder, full, ["fsdp(1)"]))
-    outcome.verdict.add(load_elsewhere(work, case, folder, full, ["fsdp(4)", "hsdp(2, 2)"]))
+    outcome = judged(case, saved, lambda: check_trained(saved.get()))
+    for layouts in (["fsdp(1)"], ["fsdp(2)"], ["fsdp(4)", "hsdp(2, 2)"]):
+        outcome.verdict.add(load_elsewhere(work, case, folder, saved, full, layouts))
     return [outcome]
 
 
 def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
     """Half the steps, save, fresh processes, scrambled generators, go on; dropout on."""
-    spec = replace(work.spec, dropout=0.2)
-    case = replace(auto_case(engine, work, "resume"), model=spec, scenario="resume", steps=6)
-    prepare(engine, work)
+    work = engine.work(replace(work.spec, dropout=0.2))  # dropout is part of the checkpoint's config
+    case = replace(auto_case(engine, work, "resume"), scenario="resume", steps=6)
+    truth = work.truth(case)
     folder = work.fresh_folder("resume")
     whole = work.job(
         "resume:uninterrupted",
@@ -271,7 +264,10 @@ def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
         name=f"{work.spec.model_type} resumed",
     )
     first = case.steps // 2
-    return [judged(case, again, lambda: check_resume(whole.get(), again.get(), case, first), also=[whole])]
+    outcome = judged(case, again, lambda: check_resume(whole.get(), again.get(), case, first))
+    # the uninterrupted run is only worth resuming if it is right: each rank's own dropout masks included
+    outcome.verdict.add(check_training(whole.get(), truth, case, "truth"))
+    return [outcome]
 
 
 def meta_init(engine: Engine, work: SpecWork) -> list[Outcome]:
@@ -350,7 +346,7 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
     return [outcome]
 
 
-def judged(case: Case, run: Run, check: Callable[[], Verdict], also: list[Run] | None = None) -> Outcome:
+def judged(case: Case, run: Run, check: Callable[[], Verdict]) -> Outcome:
     """Return the verdict over a run; a job that failed is a finding of its own."""
     outcome = Outcome(layout=str(case.layout), case=case)
     if run.notes:
@@ -362,43 +358,28 @@ def judged(case: Case, run: Run, check: Callable[[], Verdict], also: list[Run] |
         outcome.extra["report"] = run.report
         return outcome
     outcome.verdict = check()
-    if case.fault:
-        hits = sum(
-            evidence.facts.get("fault_hits", 0)
-            for part in [run, *(also or [])]
-            for items in part.evidence.values()
-            for evidence in items
-        )
-        outcome.extra["fault_hits"] = hits
-        outcome.verdict.expect(
-            hits > 0, Finding(check="fault_hits", message="the armed fault was never hit: this run proves nothing")
-        )
     return outcome
 
 
-def load_elsewhere(work: SpecWork, case: Case, folder: Any, full: dict[str, Any], layouts: list[str]) -> Verdict:
-    """Load a saved folder under other layouts of one world size."""
+def load_elsewhere(
+    work: SpecWork, case: Case, folder: Path, saved: Run, full: dict[str, TensorData], layouts: list[str]
+) -> Verdict:
+    """Load a saved folder under other layouts of one world size and judge weights and buffers."""
     first = Layout.parse(layouts[0], device=case.layout.device, comm=case.layout.comm)
+    place = " and ".join(layouts)
     run = work.job(
         "saving:load",
         {"case": case.to_json(), "folder": str(folder), "layouts": layouts},
         first,
-        name=f"{work.spec.model_type} load at {' and '.join(layouts)}",
+        name=f"{work.spec.model_type} load at {place}",
     )
-    verdict = Verdict.empty()
     if run.failure:
-        verdict.expect(
-            False,
-            Finding(
-                check="ranks",
-                message=f"loading at {' and '.join(layouts)}: {run.failure}",
-                rank=run.first_rank,
-                judged_by="harness",
-            ),
-        )
-        return verdict
+        return judged(case, run, Verdict.empty).verdict
+    verdict = Verdict.empty()
     for index, text in enumerate(layouts):
-        verdict.add(check_reload(run.get(f"load{index}"), full, Layout.parse(text), f"at {text}"))
+        loaded = run.get(f"load{index}")
+        verdict.add(check_reload(loaded, full, Layout.parse(text), f"at {text}"))
+        verdict.add(check_buffers_kept(saved.get()[0], loaded, f"at {text}"))
     return verdict
 
 
@@ -430,3 +411,43 @@ def replace_layout(outcome: Outcome, layout: Layout) -> Outcome:
     """Return the outcome with a layout's name."""
     outcome.layout = str(layout)
     return outcome
+
+
+#: Findings near a cause come first; what follows from them (losses, weights at the end) comes last.
+_ORDER = (
+    "fault_hits",
+    "ranks",
+    "batches",
+    "routing",
+    "clipping",
+    "ties",
+    "structure",
+    "reshard",
+    "dtypes",
+    "buffers",
+    "initial_weights",
+    "meta_init",
+    "optimizer_binding",
+    "files",
+    "reload",
+    "restored_optimizer",
+    "replicas",
+    "movement",
+)
+
+
+def urgency(finding: Finding) -> tuple[int, int]:
+    """Sort key: near the cause first, then by step."""
+    place = _ORDER.index(finding.check) if finding.check in _ORDER else len(_ORDER)
+    return place, finding.step if finding.step is not None else -1
+
+
+def at_most(findings: list[Finding], *, per_check: int) -> list[Finding]:
+    """Return the first findings of each check."""
+    counts: dict[str, int] = {}
+    kept = []
+    for finding in findings:
+        counts[finding.check] = counts.get(finding.check, 0) + 1
+        if counts[finding.check] <= per_check:
+            kept.append(finding)
+    return kept

@@ -15,6 +15,8 @@ from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.ranks import Harness, Job, JobReport
 
 SCENARIOS = "fsdp_testkit.scenarios"
+#: Files in which a fault tallies its hits; the name is `fsdp_testkit.scenarios.arming.TALLY` (which imports torch).
+TALLY = "fault_hits"
 
 
 @dataclass(slots=True)
@@ -56,6 +58,8 @@ class SpecWork:
         self._runs: dict[str, Run] = {}
         self._truth: dict[str, Evidence] = {}
         self._folders = 0
+        #: Activations of the armed fault over all jobs so far.
+        self.fault_hits = 0
 
     @property
     def checkpoint(self) -> Path:
@@ -116,21 +120,21 @@ class SpecWork:
             self._runs[key] = self.job(target, {"case": plain.to_json()} | args, case.layout, name=describe(case))
         return self._runs[key]
 
-    def job(self, target: str, args: dict[str, Any], layout: Layout, *, name: str) -> Run:
+    def job(self, target: str, args: dict[str, Any], layout: Layout, *, name: str, comm: str = "") -> Run:
         """Run a scenario function on the layout's ranks and collect its evidence."""
-        single = layout.kind == "single" or layout.comm == "fake"
         report = self._harness.run(
             Job(
                 target=f"{SCENARIOS}.{target}",
                 args=args,
-                world_size=1 if single else layout.world_size,
+                world_size=layout.world_size,
                 device=layout.device,
-                comm="none" if single else layout.comm,
+                comm=comm or ("none" if layout.kind == "single" else layout.comm),
                 deadline=self._deadline,
                 name=name,
             )
         )
         try:
+            self.fault_hits += sum(file.stat().st_size for file in Path(report.folder).glob(f"{TALLY}.*"))
             return to_run(report)
         finally:
             report.discard()

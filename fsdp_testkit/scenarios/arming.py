@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from fsdp_testkit.backends.base import Backend
+from fsdp_testkit.backends.registry import make_backend
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.errors import UsageError
+
+#: Name of the files in which hits are tallied, one byte a hit; the rank follows.
+TALLY = "fault_hits"
 
 
 class ArmedFault(Protocol):
     """A mutation that is active on one rank."""
 
-    hits: int
+    tally: Path | None
 
     def arm(self, *, rank: int, world_size: int, case: Case) -> contextlib.AbstractContextManager[None]:
         """Patch torch functions and undo it completely on leaving."""
@@ -47,14 +52,16 @@ def make_fault(name: str) -> ArmedFault:
 
 
 @contextlib.contextmanager
-def armed(case: Case, backend: Backend, *, rank: int, facts: dict[str, Any]) -> Iterator[Backend]:
-    """Arm the case's fault, yield the backend to use, and record the number of hits in ``facts``."""
+def armed(case: Case, context: Any) -> Iterator[Backend]:
+    """Make the case's backend, arm its fault if it has one, and yield the backend to use.
+
+    Hits are tallied in a file of the job's folder as they happen, so that they count where a rank dies too.
+    """
+    backend = make_backend(case.backend)
     if not case.fault:
         yield backend
         return
     fault = make_fault(case.fault)
-    try:
-        with fault.arm(rank=rank, world_size=case.layout.world_size, case=case):
-            yield fault.wrap(backend)
-    finally:
-        facts["fault_hits"] = fault.hits
+    fault.tally = context.folder / f"{TALLY}.{context.rank}"
+    with fault.arm(rank=context.rank, world_size=case.layout.world_size, case=case):
+        yield fault.wrap(backend)

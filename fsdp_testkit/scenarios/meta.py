@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fsdp_testkit.backends.registry import make_backend
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.models.build import resolve
@@ -29,7 +28,7 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     """
     parsed = Case.from_json(case)
     evidence = Evidence(rank=context.rank)
-    with armed(parsed, make_backend(parsed.backend), rank=context.rank, facts=evidence.facts) as backend:
+    with armed(parsed, context) as backend:
         _, model_class = resolve(parsed.model)
         loaded = Loaded(parsed, backend, Path(checkpoint))
         with counting_inits() as inits, AllocationCounter() as counter:
@@ -59,7 +58,7 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     return reply(context, evidence)
 
 
-class AllocationCounter(TorchDispatchMode):
+class AllocationCounter(TorchDispatchMode):  # type: ignore[misc] # torch is untyped here
     """Count bytes of storages that operators return for the first time, views apart."""
 
     def __init__(self) -> None:

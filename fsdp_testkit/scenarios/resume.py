@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fsdp_testkit.backends.registry import make_backend
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
@@ -27,7 +26,7 @@ def uninterrupted(context: Any, *, case: str, checkpoint: str, folder: str) -> d
     """Train all steps; after half of them save weights and training state to ``folder`` and go on."""
     parsed = Case.from_json(case)
     evidence = Evidence(rank=context.rank)
-    with armed(parsed, make_backend(parsed.backend), rank=context.rank, facts=evidence.facts) as backend:
+    with armed(parsed, context) as backend:
         loaded = Loaded(parsed, backend, Path(checkpoint))
         evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
 
@@ -44,7 +43,7 @@ def resumed(context: Any, *, case: str, folder: str) -> dict[str, Any]:
     """Load weights and training state into fresh objects under scrambled generators and go on."""
     parsed = Case.from_json(case)
     evidence = Evidence(rank=context.rank)
-    with armed(parsed, make_backend(parsed.backend), rank=context.rank, facts=evidence.facts) as backend:
+    with armed(parsed, context) as backend:
         scramble(context.rank)
         loaded = Loaded(parsed, backend, Path(folder) / "weights")
         evidence.facts["parameters"] = observe.observe_parameters(loaded.model)

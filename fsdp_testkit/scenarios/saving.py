@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from fsdp_testkit.backends.registry import make_backend
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.layout import Layout
@@ -20,22 +19,20 @@ from fsdp_testkit.scenarios.train import train
 
 
 def save(context: Any, *, case: str, checkpoint: str, folder: str) -> dict[str, Any]:
-    """Train the case's steps, save to ``folder``, and load it again on the same ranks.
+    """Train the case's steps and save to ``folder``; the option ``format`` is ``safetensors`` or ``dcp``.
 
-    The option ``format`` is ``safetensors`` or ``dcp``. Evidence ``evidence``: the trace of the training with
-    ``final/`` shards and buffers as saved; ``reloaded``: weights and buffers of a fresh object.
+    The evidence holds the trace of the training; ``final/`` and buffers are what was saved.
     """
     parsed = Case.from_json(case)
     evidence = Evidence(rank=context.rank)
-    with armed(parsed, make_backend(parsed.backend), rank=context.rank, facts=evidence.facts) as backend:
+    with armed(parsed, context) as backend:
         loaded = Loaded(parsed, backend, Path(checkpoint))
         evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
         observe.observe_tensors(observe.unwrap(loaded.model).named_parameters(), evidence, "initial/")
         train(loaded, context.rank, evidence, range(parsed.steps))
         observe.observe_buffers(loaded.model, evidence)
         backend.save(loaded.model, Path(folder), layout=parsed.option("format", "safetensors"))
-        again = observe_reload(parsed, backend, Path(folder), context.rank)
-    return reply(context, evidence) | reply(context, again, "reloaded")
+    return reply(context, evidence)
 
 
 def load(context: Any, *, case: str, folder: str, layouts: list[str]) -> dict[str, Any]:
@@ -45,10 +42,8 @@ def load(context: Any, *, case: str, folder: str, layouts: list[str]) -> dict[st
     for index, text in enumerate(layouts):
         layout = Layout.parse(text, device=parsed.layout.device, comm=parsed.layout.comm)
         this = replace(parsed, layout=layout)
-        facts: dict[str, Any] = {}
-        with armed(this, make_backend(this.backend), rank=context.rank, facts=facts) as backend:
+        with armed(this, context) as backend:
             evidence = observe_reload(this, backend, Path(folder), context.rank)
-        evidence.facts |= facts
         replies |= reply(context, evidence, f"load{index}")
     return replies
 

@@ -1,4 +1,4 @@
-"""Structure at world sizes that the machine does not have: one process claims every rank in turn."""
+"""Structure at world sizes that the machine does not have: a lone process claims to be one of the ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fsdp_testkit.backends.registry import make_backend
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
@@ -17,29 +16,23 @@ from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, reply
 
 
-def run(context: Any, *, cases: list[str], checkpoint: str) -> dict[str, Any]:
-    """Load under a fake process group as each of the case's claimed ranks; structure only.
+def run(context: Any, *, claims: list[list[Any]], checkpoint: str) -> dict[str, Any]:
+    """Load under a fake process group as one claimed rank; structure only.
 
-    The option ``ranks`` of a case lists the ranks to claim (default: first, second and last). Returns one
-    evidence file per case and rank, named ``fake<case>_<rank>``.
+    ``claims`` holds [case, rank to claim]; this process takes the entry of its own rank. A process claims
+    once: torch caches device meshes by value, and a second group in one process finds the first one's.
     """
-    replies: dict[str, Any] = {}
-    for index, text in enumerate(cases):
-        case = Case.from_json(text)
-        world = case.layout.world_size
-        for rank in case.option("ranks", sorted({0, 1 % world, world - 1})):
-            evidence = claim(case, rank, Path(checkpoint))
-            replies |= reply(context, evidence, f"fake{index}_{rank}")
-    return replies
+    text, rank = claims[context.rank]
+    return reply(context, claim(context, Case.from_json(text), rank, Path(checkpoint)))
 
 
-def claim(case: Case, rank: int, checkpoint: Path) -> Evidence:
+def claim(context: Any, case: Case, rank: int, checkpoint: Path) -> Evidence:
     """Observe the structure that ``rank`` would have."""
     evidence = Evidence(rank=rank)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=case.layout.world_size)
     try:
         plain = replace(case, layout=replace(case.layout, comm="gloo"))
-        with armed(plain, make_backend(case.backend), rank=rank, facts=evidence.facts) as backend:
+        with armed(plain, context) as backend:
             loaded = Loaded(plain, backend, checkpoint)
             evidence.facts["tree"] = loaded.tree
             evidence.facts["plan"] = loaded.plan

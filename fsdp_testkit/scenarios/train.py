@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fsdp_testkit.backends.base import MicroBatch
-from fsdp_testkit.backends.registry import make_backend
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
@@ -28,7 +29,7 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     """
     parsed = Case.from_json(case)
     evidence = Evidence(rank=context.rank)
-    with armed(parsed, make_backend(parsed.backend), rank=context.rank, facts=evidence.facts) as backend:
+    with armed(parsed, context) as backend:
         loaded = Loaded(parsed, backend, Path(checkpoint))
         observe_loaded(loaded, context.rank, evidence)
         train(loaded, context.rank, evidence, range(parsed.steps))
@@ -116,6 +117,8 @@ def train(
     observe.observe_tensors(observe.unwrap(model).named_parameters(), evidence, "final/")
     observe.observe_optimizer(model, optimizer, evidence)
     gathered(model, evidence)
+    # what the generators would draw next: seen here also for models without dropout
+    facts["draws"] = {"torch": torch.rand(2).tolist(), "python": random.random(), "numpy": float(np.random.rand())}
     return optimizer, scheduler
 
 

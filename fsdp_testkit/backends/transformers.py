@@ -1,0 +1,93 @@
+"""transformers' own FSDP2 path: the adapter, and the only file that knows its moving helpers.
+
+Seen in transformers 5.23.0: ``DistributedConfig`` in ``transformers.distributed``; optimizer helpers in
+``transformers.distributed.checkpoint``. They moved in 5.21 and 5.22; ``tests/backends`` notices the next time.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fsdp_testkit.backends.base import CAPABILITIES
+from fsdp_testkit.backends.loop import TrainingLoop
+from fsdp_testkit.core.layout import Layout
+
+#: The kit's options in transformers' words.
+_STYLES = {True: "free_full_weight", False: "keep_full_weight", None: "free_full_weight"}
+
+
+class TransformersBackend(TrainingLoop):
+    """``from_pretrained(distributed_config=...)``, ``save_pretrained``, DCP and optimizer helpers of transformers."""
+
+    name = "transformers"
+    capabilities: frozenset[str] = CAPABILITIES
+
+    def load(
+        self,
+        checkpoint: Path,
+        *,
+        model_class: type[nn.Module],
+        layout: Layout,
+        plan: Any,
+        dtype: torch.dtype,
+    ) -> nn.Module:
+        """Shard while loading, by transformers' default plan or the given rules on top of it."""
+        from transformers.distributed import DistributedConfig
+
+        config = DistributedConfig(
+            fsdp_size=layout.shard,
+            dp_replicate_size=layout.replicate,
+            fsdp_plan=translate_plan(plan),
+            fsdp_cpu_offload=any_option(plan, "cpu_offload"),
+            fsdp_mixed_precision=any_option(plan, "mixed_precision"),
+        )
+        loader: Any = model_class
+        model: nn.Module = loader.from_pretrained(str(checkpoint), distributed_config=config, dtype=dtype)
+        return model
+
+    def save(self, model: nn.Module, folder: Path, *, layout: str) -> None:
+        """``save_pretrained`` from every rank; ``dcp`` by its ``distributed_checkpoint`` flag."""
+        saver: Any = model
+        saver.save_pretrained(str(folder), is_main_process=dist.get_rank() == 0, distributed_checkpoint=layout == "dcp")
+
+    def save_training(self, model: nn.Module, optimizer: Any, scheduler: Any, folder: Path) -> None:
+        """transformers' optimizer helper; scheduler and RNG per rank as its documentation leaves to the user."""
+        from transformers.distributed.checkpoint import save_optimizer_distributed
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_optimizer_distributed(model, optimizer, str(folder / "optimizer"))
+        state = {
+            "scheduler": scheduler.state_dict(),
+            "torch": torch.get_rng_state(),
+            "python": repr(random.getstate()),
+            "numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
+        }
+        torch.save(state, folder / f"rank{dist.get_rank()}.pt")
+
+    def load_training(self, model: nn.Module, optimizer: Any, scheduler: Any, folder: Path) -> None:
+        """Restore what `save_training` wrote."""
+        from transformers.distributed.checkpoint import load_optimizer_distributed
+
+        load_optimizer_distributed(model, optimizer, str(folder / "optimizer"))
+        state = torch.load(folder / f"rank{dist.get_rank()}.pt", weights_only=True)
+        scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["torch"])
+
+
+def translate_plan(plan: Any) -> dict[str, str] | None:
+    """Return the plan in transformers' words; ``auto`` is its default plan."""
+    if not isinstance(plan, dict):
+        return None
+    return {pattern: _STYLES[options.get("reshard_after_forward")] for pattern, options in plan["modules"].items()}
+
+
+def any_option(plan: Any, name: str) -> bool:
+    """Whether a rule asks for an option that transformers knows for the whole model only."""
+    return isinstance(plan, dict) and any(options.get(name) for options in plan["modules"].values())

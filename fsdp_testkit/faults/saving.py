@@ -1,0 +1,195 @@
+"""Faults in saving, and in the optimizer and training state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fsdp_testkit.backends.base import Backend
+from fsdp_testkit.faults.base import Fault
+
+
+def rewrite(folder: Path, change: Any) -> bool:
+    """Apply ``change(tensors)`` to the one safetensors file that it wants to change; return whether one was."""
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        if change(tensors):
+            save_file(tensors, file, metadata={"format": "pt"})
+            return True
+    return False
+
+
+class NormDropped(Fault):
+    """A norm's key is missing from the saved files."""
+
+    story = "the final norm is not saved"
+    test = "save_load"
+    checks = ("files", "ranks", "reload")
+
+    def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
+        """Remove the key on rank 0, then let the others go on."""
+        del model, layout
+
+        def drop(tensors: dict[str, torch.Tensor]) -> bool:
+            return tensors.pop("model.norm.weight", None) is not None
+
+        if self.rank == 0 and rewrite(folder, drop):
+            self.hit()
+        dist.barrier()
+
+
+class TiedSavedTwice(Fault):
+    """A tied weight is stored under both of its names."""
+
+    story = "the alias of a tied weight is saved too"
+    thread = "https://github.com/verl-project/verl/pull/6334"
+    test = "save_load"
+    variant = "tied"
+    checks = ("files", "ranks")
+
+    def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
+        """Add the alias on rank 0."""
+        del model, layout
+
+        def double(tensors: dict[str, torch.Tensor]) -> bool:
+            if "model.embed_tokens.weight" not in tensors:
+                return False
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            return True
+
+        if self.rank == 0 and rewrite(folder, double):
+            self.hit()
+        dist.barrier()
+
+
+class OneSliceSaved(Fault):
+    """The file holds rank 0's slice of one tensor; the rest is what was in memory."""
+
+    story = "rank 0's slice stands for the whole tensor"
+    thread = "https://github.com/huggingface/accelerate/pull/4206"
+    test = "save_load"
+    checks = ("reload",)
+
+    def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
+        """Zero the rows of the other ranks on rank 0."""
+        del model, layout
+        name = "model.layers.0.self_attn.q_proj.weight"
+
+        def cut(tensors: dict[str, torch.Tensor]) -> bool:
+            if name not in tensors:
+                return False
+            rows = -(-tensors[name].shape[0] // self.world_size)
+            tensors[name][rows:] = 0
+            return True
+
+        if self.rank == 0 and rewrite(folder, cut):
+            self.hit()
+        dist.barrier()
+
+
+class StaleWeightsSaved(Fault):
+    """What is saved are the weights as they were loaded."""
+
+    story = "training is not in the checkpoint"
+    test = "save_load"
+    checks = ("reload",)
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Remember the weights of the first load."""
+        if not hasattr(self, "first"):
+            self.first = [p.to_local().detach().clone() for p in model.parameters() if isinstance(p, DTensor)]
+        return model
+
+    def before_save(self, model: nn.Module) -> nn.Module:
+        """Put the old weights back while saving, and the trained ones afterwards."""
+        self.trained = [p.to_local().detach().clone() for p in model.parameters() if isinstance(p, DTensor)]
+        self._write(model, self.first)
+        self.hit()
+        return model
+
+    def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
+        """Undo it."""
+        del folder, layout
+        self._write(model, self.trained)
+
+    @staticmethod
+    def _write(model: nn.Module, values: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip((p for p in model.parameters() if isinstance(p, DTensor)), values, strict=True):
+                parameter.to_local().copy_(value)
+
+
+class StaleOptimizer(Fault):
+    """The optimizer holds a parameter object that the model no longer has."""
+
+    story = "one parameter of the optimizer is a copy from before sharding"
+    thread = "https://github.com/pytorch/pytorch/issues/149205"
+    checks = ("optimizer_binding", "movement")
+
+    def after_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Replace one parameter of the first group by a detached copy."""
+        del model
+        group = optimizer.param_groups[0]["params"]
+        group[2] = nn.Parameter(group[2].detach().clone())
+        self.hit()
+
+
+class OptimizerNotRestored(Fault):
+    """Moments start from zero after a resume."""
+
+    story = "the optimizer's state is not restored"
+    thread = "https://github.com/KempnerInstitute/KempnerForge/pull/115"
+    test = "resume"
+    variant = "default"
+    checks = ("restored_optimizer", "resumed_weights")
+
+    def load_training(self, inner: Backend, arguments: tuple[Any, ...]) -> None:
+        """Restore, then forget the optimizer's state."""
+        inner.load_training(*arguments)
+        arguments[1].state.clear()
+        self.hit()
+
+
+class RngNotRestored(Fault):
+    """Dropout masks after a resume are not those of the uninterrupted run."""
+
+    story = "the random state is not restored"
+    test = "resume"
+    variant = "default"
+    checks = ("resumed_rng",)
+    model = "gpt2"
+
+    def load_training(self, inner: Backend, arguments: tuple[Any, ...]) -> None:
+        """Restore everything else."""
+        state = torch.get_rng_state()
+        inner.load_training(*arguments)
+        torch.set_rng_state(state)
+        self.hit()
+
+
+class SchedulerNotRestored(Fault):
+    """The learning-rate schedule starts again."""
+
+    story = "the scheduler's state is not restored"
+    thread = "https://github.com/pytorch/pytorch/pull/129683"
+    test = "resume"
+    variant = "default"
+    checks = ("resumed_lrs",)
+
+    def load_training(self, inner: Backend, arguments: tuple[Any, ...]) -> None:
+        """Put the scheduler and the learning rates back to their start."""
+        _, optimizer, scheduler, _ = arguments
+        before = scheduler.state_dict()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        inner.load_training(*arguments)
+        scheduler.load_state_dict(before)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.hit()

@@ -1,0 +1,71 @@
+"""Faults in structure: units that are missing, flags that are swapped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from fsdp_testkit.faults.base import Fault
+
+
+class BlockNotWrapped(Fault):
+    """One repeated block is left to the root unit."""
+
+    story = "the first block is no FSDP unit"
+    thread = "https://github.com/huggingface/transformers/pull/44083"
+    test = "sharding_structure"
+    checks = ("structure",)
+
+    def patches(self) -> list[tuple[Any, Any]]:
+        """Skip ``fully_shard`` on the first block."""
+        seen: dict[str, bool] = {}
+        original = fully_shard  # this module's own name is replaced too
+
+        def partial(module: Any, **arguments: Any) -> Any:
+            if not isinstance(module, list) and "Layer" in type(module).__name__ and not seen:
+                seen["done"] = True
+                self.hit()
+                return module
+            return original(module, **arguments)
+
+        return [(fully_shard, partial)]
+
+
+class RootNotWrapped(Fault):
+    """``fully_shard`` is never called on the model itself."""
+
+    story = "what lies outside the blocks is not sharded"
+    test = "sharding_structure"
+    checks = ("structure",)
+
+    def patches(self) -> list[tuple[Any, Any]]:
+        """Skip ``fully_shard`` on the module that has a head."""
+
+        original = fully_shard
+
+        def partial(module: Any, **arguments: Any) -> Any:
+            if not isinstance(module, list) and hasattr(module, "get_output_embeddings") and hasattr(module, "lm_head"):
+                self.hit()
+                return module
+            return original(module, **arguments)
+
+        return [(fully_shard, partial)]
+
+
+class ReshardSwapped(Fault):
+    """Reshard-after-forward flags are the opposite of what the plan says."""
+
+    story = "blocks keep their weights, head and norm free theirs"
+    thread = "https://github.com/pytorch/pytorch/issues/154655"
+    test = "sharding_structure"
+    checks = ("reshard",)
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Keep every block's full weight after forward."""
+        for name, module in model.named_modules():
+            if isinstance(module, FSDPModule) and name:
+                module.set_reshard_after_forward(False, recurse=False)
+                self.hit()
+        return model

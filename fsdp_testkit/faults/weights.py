@@ -1,0 +1,169 @@
+"""Faults in what a load leaves behind: ties, buffers, dtypes, padded rows, frozen memory, full copies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fsdp_testkit.faults.base import Fault
+
+
+class TieBroken(Fault):
+    """The head becomes a tensor of its own with the embedding's values."""
+
+    story = "the tie is lost in materialising; values agree until the first step"
+    thread = "https://github.com/verl-project/verl/pull/7835"
+    variant = "tied"
+    checks = ("ties", "gradients", "structure")
+
+    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Load a copy of the checkpoint in which the head is stored, and the tie is off."""
+        from safetensors.torch import load_file, save_file
+
+        source: Path = arguments["checkpoint"]
+        copy = source.with_name(f"{source.name}.untied.{self.rank}")
+        if not copy.exists():
+            shutil.copytree(source, copy)
+            tensors: dict[str, torch.Tensor] = {}
+            for file in sorted(copy.glob("*.safetensors")):
+                tensors |= load_file(file)
+                file.unlink()
+            (copy / "model.safetensors.index.json").unlink(missing_ok=True)
+            embedding = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
+            tensors["lm_head.weight"] = tensors[embedding].clone()
+            save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+            config = json.loads((copy / "config.json").read_text())
+            config["tie_word_embeddings"] = False
+            (copy / "config.json").write_text(json.dumps(config))
+        self.hit()
+        return arguments | {"checkpoint": copy}
+
+
+class RotaryWrongOnRank1(Fault):
+    """A non-persistent rotary buffer holds other values on rank 1."""
+
+    story = "rank 1's inv_freq was never filled"
+    thread = "https://github.com/EvolvingLMMs-Lab/lmms-engine/pull/185"
+    test = "buffers_dtypes"
+    variant = "default"
+    checks = ("buffers",)
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Fill the buffer with garbage on rank 1 only."""
+        if self.rank == 1:
+            for name, buffer in model.named_buffers():
+                if name.endswith("inv_freq"):
+                    buffer.mul_(0.5)
+                    self.hit()
+        return model
+
+
+class LastRowLost(Fault):
+    """The last row of an unevenly sharded parameter is lost in loading."""
+
+    story = "the last row of an uneven shard is zero"
+    thread = "https://github.com/pytorch/pytorch/issues/136228"
+    checks = ("initial_weights",)
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Zero the last local row on the last rank, where rows do not divide."""
+        for parameter in model.parameters():
+            uneven = isinstance(parameter, DTensor) and parameter.ndim and parameter.shape[0] % self.world_size
+            if uneven and self.rank == self.world_size - 1 and parameter.to_local().numel():
+                with torch.no_grad():
+                    parameter.to_local()[-1].zero_()
+                self.hit()
+        return model
+
+
+class KeptModuleCast(Fault):
+    """Modules that the model keeps in fp32 are loaded in bf16."""
+
+    story = "fp32-kept modules are cast with the rest"
+    thread = "https://github.com/verl-project/verl/issues/7165"
+    test = "buffers_dtypes"
+    variant = "default"
+    model = "gpt_oss"
+    checks = ("dtypes",)
+
+    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Empty the classes' lists of kept modules, as a cast that does not know them would."""
+        self.undo: list[tuple[Any, str, Any]] = []
+        if arguments["dtype"] == torch.bfloat16:
+            for owner in vars(sys.modules[arguments["model_class"].__module__]).values():
+                for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+                    if isinstance(owner, type) and vars(owner).get(name):
+                        self.undo.append((owner, name, vars(owner)[name]))
+                        setattr(owner, name, None)
+                        self.hit()
+        return arguments
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Put the lists back."""
+        for owner, name, value in self.undo:
+            setattr(owner, name, value)
+        return model
+
+
+class EveryRankLoadsAll(Fault):
+    """Every rank builds and initialises the whole model before it shards it."""
+
+    story = "the memory-efficient switch has no effect"
+    thread = "https://github.com/huggingface/transformers/issues/43749"
+    test = "meta_init"
+    variant = "default"
+    checks = ("meta_init",)
+
+    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Build a full model in vain."""
+        config = arguments["model_class"].config_class.from_pretrained(str(arguments["checkpoint"]))
+        for _ in range(3):
+            arguments["model_class"](config)
+        self.hit()
+        return arguments
+
+
+class NeverFilled(Fault):
+    """One parameter keeps the memory that it was given and is never filled from the file."""
+
+    story = "a weight is left uninitialised"
+    thread = "https://github.com/huggingface/transformers/pull/45050"
+    checks = ("initial_weights",)
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Replace a local shard's values by what ``empty_like`` hands out."""
+        parameter = list(model.parameters())[3]
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        with torch.no_grad():
+            local.copy_(torch.empty_like(local))
+        self.hit()
+        return model
+
+
+class WrongSlice(Fault):
+    """Ranks hold each other's slices of one parameter."""
+
+    story = "shards are swapped between ranks; the norm of the whole stays right"
+    checks = ("initial_weights",)
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Rotate the shards of one evenly sharded parameter by one rank."""
+        for parameter in model.parameters():
+            if not isinstance(parameter, DTensor) or parameter.shape[0] % self.world_size:
+                continue
+            local = parameter.to_local().detach()
+            parts = [torch.empty_like(local) for _ in range(self.world_size)]
+            dist.all_gather(parts, local.contiguous())
+            with torch.no_grad():
+                local.copy_(parts[(self.rank + 1) % self.world_size])
+            self.hit()
+            break
+        return model
