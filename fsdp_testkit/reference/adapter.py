@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 # torch.utils._python_dispatch: the underscore is historical, the class is documented in torch's dispatcher notes
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,10 +24,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 __all__ = [
     "TorchDispatchMode",
+    "apply_renamings",
     "changed_dims",
     "construct",
     "conversions",
     "filter_keys",
+    "forget_meshes",
     "fp32_pattern",
     "mark_initialized",
     "natural_order",
@@ -35,10 +38,20 @@ __all__ = [
     "renamed",
     "reverse_renamed",
     "reversed_conversions",
+    "seen_versions",
     "split_transforms",
     "stacks_rows",
     "tied_patterns",
 ]
+
+
+def forget_meshes() -> None:
+    """Drop DTensor's memory of earlier meshes.
+
+    It is keyed by a mesh's ranks and names: a mesh made after the process group was replaced finds the old one's
+    results, and new tensors come out on a mesh whose groups are gone (or with another rank's coordinates).
+    """
+    _clear_sharding_prop_cache()
 
 
 def construct(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -51,7 +51,7 @@ class _Plain(pickle.Unpickler):
 class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's classes are untyped here
     """A `FileSystemReader` whose metadata holds nothing but metadata."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002  # the base class's signature
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """Return the folder's metadata.
 
         Raises:

@@ -82,8 +82,9 @@ def load_sharded(
         raise LoadError(f"{folder} does not fit {model_class.__name__}:", problems)
     cut = units.resolve(plan, model)
     spare = _record_inits(model, recorder, loaded)
+    adapter.forget_meshes()
     units.apply(cut, model, mesh)
-    places = _Places(model, cut, target)
+    places = _Places(model, cut, mesh, target)
     if weights is None:
         saved.read(places.allocate(loaded))  # type: ignore[union-attr]  # the DCP branch
     else:
@@ -193,8 +194,9 @@ def _record_inits(model: Any, recorder: Recorder, loaded: set[str]) -> dict[str,
 class _Places:
     """The real tensors of this rank, one per parameter or buffer of the sharded meta model."""
 
-    def __init__(self, model: Any, cut: list[units.Unit], device: torch.device) -> None:
+    def __init__(self, model: Any, cut: list[units.Unit], mesh: Any, device: torch.device) -> None:
         self.model = model
+        self.mesh = mesh
         self.device = device
         self.offloaded: set[int] = set()
         taken: set[int] = set()
@@ -214,12 +216,11 @@ class _Places:
         part, start = tensor, 0
         if isinstance(tensor, DTensor):
             part = tensor.to_local()
-            axis = len(tensor.placements) - 1
-            if tensor.placements[axis] != Shard(0):
+            if tensor.placements[-1] != Shard(0):
                 raise AssertionError(f"{name} has placements {tensor.placements}")
             # torch.chunk's rule: equal chunks, rounded up, so that the last ones may be short or empty
-            rows, size = tensor.shape[0], tensor.device_mesh.size(axis)
-            start = min(rows, -(-rows // size) * tensor.device_mesh.get_local_rank(axis))
+            rows, size = tensor.shape[0], self.mesh.size(self.mesh.ndim - 1)
+            start = min(rows, -(-rows // size) * self.mesh.get_coordinate()[-1])
         if id(tensor) not in self.real:
             device = torch.device("cpu") if id(tensor) in self.offloaded else self.device
             self.real[id(tensor)] = torch.empty(part.shape, dtype=part.dtype, device=device)
@@ -257,13 +258,12 @@ class _Places:
                         fresh[id(tensor)] = value
                     setattr(module, name, fresh[id(tensor)])
 
-    @staticmethod
-    def _wrapped(tensor: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    def _wrapped(self, tensor: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, DTensor):
             return real
         wrapped: torch.Tensor = DTensor.from_local(
             real,
-            tensor.device_mesh,
+            self.mesh,
             tensor.placements,
             run_check=False,
             shape=tensor.shape,
