@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fsdp_testkit.core.errors import UsageError
+from fsdp_testkit.core.errors import EnvironmentLacksError, UsageError
 from fsdp_testkit.ranks.job import Job, JobReport
 from fsdp_testkit.ranks.link import ServerLink, open_store
 from fsdp_testkit.ranks.run import Run
@@ -109,7 +109,11 @@ class Harness:
         needs_store = job.comm in ("gloo", "nccl") or job.processes > 1
         if needs_store and self._store is None:
             self._store = open_store()
-        link.wait_ready()
+        try:
+            link.wait_ready()
+        except EnvironmentLacksError:
+            self._drop_links()
+            raise
         folder = self.folder / f"{identity}-{attempt}"
         run = Run(job, identity, attempt, folder, link, self._store[1] if self._store and needs_store else 0)
         try:
@@ -121,7 +125,7 @@ class Harness:
         finally:
             run.close()
         if run.server_lost:
-            self._drop_links()
+            self._drop_links(at_once=True)
         return report
 
     def _link(self, job: Job) -> ServerLink:
@@ -132,9 +136,9 @@ class Harness:
             self._links[method] = ServerLink(method, preload, self.folder / f"server-{method}.log", owned)
         return self._links[method]
 
-    def _drop_links(self) -> None:
+    def _drop_links(self, *, at_once: bool = False) -> None:
         while self._links:
-            self._links.popitem()[1].close()
+            self._links.popitem()[1].close(at_once=at_once)
 
     def close(self) -> None:
         """End all processes and delete what the harness made; job folders under a given ``folder`` stay."""

@@ -167,11 +167,12 @@ class JobFailure:
         """Return the whole account: root cause first, then the other ranks, then where the logs are."""
         parts = [self.summary, self.text]
         if self.explanation:
-            parts.insert(1, f"run again with TORCH_DISTRIBUTED_DEBUG=DETAIL:\n{_indent(self.explanation)}")
+            parts.insert(1, f"run again with TORCH_DISTRIBUTED_DEBUG=DETAIL:\n{indent(self.explanation)}")
         return "\n\n".join(part for part in parts if part)
 
 
-def _indent(text: str) -> str:
+def indent(text: str) -> str:
+    """Return ``text`` with each line moved two columns to the right."""
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 

@@ -94,10 +94,13 @@ class ServerLink:
         with contextlib.suppress(ConnectionError):
             self.socket.send(json.dumps({"signal": number, "pid": pid}).encode())
 
-    def close(self) -> None:
-        """End the server and with it all its ranks."""
-        self.socket.close()
+    def close(self, *, at_once: bool = False) -> None:
+        """End the server and with it all its ranks; ``at_once`` for one that does not answer."""
+        with self.socket, contextlib.suppress(OSError):
+            self.socket.send(b'{"bye": true}')  # without it the server takes the parent for dead
         try:
+            if at_once:
+                self.process.kill()
             self.process.wait(STOP_LIMIT)
         except subprocess.TimeoutExpired:
             self.process.kill()  # the kernel then kills its ranks

@@ -8,7 +8,8 @@ and leaves its processes behind until the parent ends.
 
 Messages are JSON datagrams on a Unix socket that only the parent and the server hold:
 
-- parent: ``{"start": rank}`` with the files [channel, spec, log], ``{"signal": number, "pid": pid}``;
+- parent: ``{"start": rank}`` with the files [channel, spec, log], ``{"signal": number, "pid": pid}``,
+  ``{"bye": true}``;
 - server: ``{"started": rank, "pid": pid}``, ``{"unstarted": rank, "error": text}``,
   ``{"ended": pid, "code": status}``.
 """
@@ -50,8 +51,9 @@ def main(control: int, method: str, preload: Iterable[str], folder: str) -> None
         control: file descriptor of the server's end.
         method: ``fork`` or ``spawn``.
         preload: modules to import first; failures are reported, not fatal.
-        folder: deleted at the end; ``""`` deletes nothing.
+        folder: deleted should the parent end without a farewell; ``""`` deletes nothing.
     """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # inherited from the thread that started the server
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     # A native crash of a rank must not leave a core file in the user's folder.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -72,7 +74,7 @@ def main(control: int, method: str, preload: Iterable[str], folder: str) -> None
             server.serve(parent)
         finally:
             server.end_all()
-            if folder:
+            if folder and not server.dismissed:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -93,6 +95,7 @@ class _Server:
         self.link = link
         self.method = method
         self.pids: set[int] = set()
+        self.dismissed = False
         self.wake, self.waker = os.pipe()
         os.set_blocking(self.waker, False)
         os.set_blocking(self.wake, False)
@@ -119,6 +122,9 @@ class _Server:
         if not data:
             return False
         message = json.loads(data)
+        if "bye" in message:
+            self.dismissed = True
+            return False
         if "start" in message:
             try:
                 self.start(message, files, selector)

@@ -94,10 +94,14 @@ def _is_own(frame: Frame) -> bool:
     return frame.file.startswith(_OWN) or frame.file == "<string>"
 
 
-def own_part(stack: str) -> str:
-    """Return a faulthandler dump without the frames of the harness itself."""
-    lines = stack.splitlines()
-    return "\n".join(line for line in lines if not ((match := _FRAME.match(line)) and _is_own(Frame(*match.groups()))))
+def own_part(text: str) -> str:
+    """Return what ``faulthandler`` wrote without the frames of the harness and the list of extension modules."""
+    kept = []
+    for line in text.splitlines():
+        match = _FRAME.match(line)
+        if not (match and _is_own(Frame(*match.groups()))) and not line.startswith("Extension modules:"):
+            kept.append(line)
+    return "\n".join(kept)
 
 
 def native_error(log: str) -> str:

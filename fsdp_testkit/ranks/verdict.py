@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fsdp_testkit.ranks.job import Job, JobFailure, RankReply, _indent
+from fsdp_testkit.ranks.job import Job, JobFailure, RankReply, indent
+from fsdp_testkit.ranks.stacks import own_part
 
 _BROKEN = ("raised", "died", "lost")
-STDERR_SHOWN = 15
+#: Lines of a rank's output that a report shows; the rest is in its log.
+STDERR_SHOWN = 20
 
 
 def judge(job: Job, replies: Sequence[RankReply], times: Sequence[float]) -> tuple[str, JobFailure | None]:
@@ -129,7 +131,7 @@ def _account(replies: Sequence[RankReply], first: int) -> str:
             mark = " <- look here first" if len(members) == 1 else f" <- rank {first} first"
         text = f"{_names([item.rank for item in members])} {_deed(lead)}{mark}"
         body = _body(lead)
-        parts.append(f"{text}\n{_indent(body)}" if body else text)
+        parts.append(f"{text}\n{indent(body)}" if body else text)
     logs = [f"  rank {reply.rank}: {reply.log}" for reply in replies if reply.log is not None]
     return "\n\n".join([*parts, "logs:\n" + "\n".join(logs)] if logs else parts)
 
@@ -139,8 +141,8 @@ def _body(reply: RankReply) -> str:
         return ""
     parts = [reply.traceback.rstrip(), reply.stack.rstrip()]
     if reply.status in ("died", "hung", "stopped") and reply.stderr.strip():
-        lines = reply.stderr.rstrip().splitlines()[-STDERR_SHOWN:]
-        parts.append("last output:\n" + _indent("\n".join(lines)))
+        lines = [line for line in own_part(reply.stderr).splitlines() if line.strip()]
+        parts.append("last output:\n" + indent("\n".join(lines[-STDERR_SHOWN:])))
     return "\n".join(part for part in parts if part)
 
 

@@ -273,3 +273,12 @@ def waits(context, folder):
     if context.rank == 0:
         ctypes.PyDLL(None).usleep(ctypes.c_uint(600_000_000))
     reduce(context)
+
+
+def fails_beside_a_loop(context, rank):
+    context.observe()
+    reduce(context)
+    if context.rank == rank:
+        raise ValueError("boom")
+    while True:
+        time.sleep(0.1)
