@@ -40,9 +40,11 @@ def resolve(plan: Plan, model: nn.Module) -> list[Unit]:
         PlanError: a pattern matches nothing, matches a bare container, or options of modules that have to be
             one unit contradict each other; or a module directly holds parameters of several dtypes.
     """
-    wanted = _auto(model) if plan.mode == "auto" else _manual(plan, model)
+    wanted, together = _auto(model) if plan.mode == "auto" else (_manual(plan, model), [])
     root = wanted.pop("", ModuleOptions())
     grouping = _Grouping(model, wanted)
+    for name in together:
+        grouping.join(together[0], name)
     grouping.merge_tied()
     grouping.split_dtypes(root)
     units = grouping.units()
@@ -77,7 +79,8 @@ def apply(units: list[Unit], model: nn.Module, mesh: Any) -> None:
         )
 
 
-def _auto(model: nn.Module) -> dict[str, ModuleOptions]:
+def _auto(model: nn.Module) -> tuple[dict[str, ModuleOptions], list[str]]:
+    """Return (module -> options, modules that are one unit)."""
     names = {module: name for name, module in model.named_modules()}
     free, keep = ModuleOptions(reshard_after_forward=True), ModuleOptions(reshard_after_forward=False)
     wanted: dict[str, ModuleOptions] = {}
@@ -90,13 +93,12 @@ def _auto(model: nn.Module) -> dict[str, ModuleOptions]:
                 wanted[f"{name}.{index}"] = free
     if embedding in names and not _inside(names[embedding], wanted):
         wanted[names[embedding]] = free
+    tail: list[str] = []
     if head in names and head is not model:
-        tail = [names[head]]
-        if norm := _final_norm(model, lists):
-            tail.insert(0, norm)
-        for name in tail:
-            wanted[name] = keep
-    return wanted
+        norm = _final_norm(model, lists)
+        tail = [names[head]] if norm is None else [norm, names[head]]
+        wanted |= dict.fromkeys(tail, keep)
+    return wanted, tail
 
 
 def block_lists(model: nn.Module) -> list[str]:
