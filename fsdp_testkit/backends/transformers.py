@@ -63,22 +63,38 @@ class TransformersBackend(TrainingLoop):
 
         folder.mkdir(parents=True, exist_ok=True)
         save_optimizer_distributed(model, optimizer, str(folder / "optimizer"))
-        state = {
-            "scheduler": scheduler.state_dict(),
-            "torch": torch.get_rng_state(),
-            "python": repr(random.getstate()),
-            "numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
-        }
-        torch.save(state, folder / f"rank{dist.get_rank()}.pt")
+        save_generators_and(scheduler, folder)
 
     def load_training(self, model: nn.Module, optimizer: Any, scheduler: Any, folder: Path) -> None:
         """Restore what `save_training` wrote."""
         from transformers.distributed.checkpoint import load_optimizer_distributed
 
         load_optimizer_distributed(model, optimizer, str(folder / "optimizer"))
-        state = torch.load(folder / f"rank{dist.get_rank()}.pt", weights_only=True)
-        scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["torch"])
+        load_generators_and(scheduler, folder)
+
+
+def save_generators_and(scheduler: Any, folder: Path) -> None:
+    """Save this rank's generators and the scheduler: transformers leaves both to the training loop."""
+    version, internal, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    state = {
+        "scheduler": scheduler.state_dict(),
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [numpy_state[0], [int(item) for item in numpy_state[1]], *numpy_state[2:]],
+    }
+    torch.save(state, folder / f"rank{dist.get_rank()}.pt")
+
+
+def load_generators_and(scheduler: Any, folder: Path) -> None:
+    """Restore what `save_generators_and` wrote."""
+    state = torch.load(folder / f"rank{dist.get_rank()}.pt", weights_only=True)
+    scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
 
 
 def translate_plan(plan: Any) -> dict[str, str] | None:

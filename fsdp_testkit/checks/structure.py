@@ -157,9 +157,12 @@ def _auto_units(verdict: Verdict, evidence: Evidence, tree: dict[str, Any], unit
         inside = {name for name in names if name.startswith(f"{block}.")} - tied
         # modules kept in fp32 inside a bf16 model are units of their own: FSDP2 wants one dtype in a unit
         kept = _other_dtype(evidence, inside)
-        owner = next((unit for unit in units if unit == inside - kept), None)
+        # by name too: a root that holds nothing else than one forgotten block has just the same parameters
+        alone = any(
+            set(unit["parameters"]) == inside - kept and block in unit["modules"] for unit in evidence.facts["units"]
+        )
         verdict.expect(
-            owner is not None,
+            alone,
             check=CHECK,
             rank=rank,
             parameter=block,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,7 @@ def replaced(original: Any, replacement: Any) -> Iterator[None]:
         for name, value in list(vars(module).items() if hasattr(module, "__dict__") else [])
         if value is original
     ]
+    functools.update_wrapper(replacement, original)  # torch looks for attributes of its own functions
     for module, name in places:
         setattr(module, name, replacement)
     try:

@@ -91,7 +91,7 @@ class KeptModuleCast(Fault):
     thread = "https://github.com/verl-project/verl/issues/7165"
     test = "buffers_dtypes"
     variant = "default"
-    model = "gpt_oss"
+    model = "hy_v4"  # keeps parameters in fp32 inside a bf16 model, strictly
     checks = ("dtypes",)
 
     def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +110,27 @@ class KeptModuleCast(Fault):
         """Put the lists back."""
         for owner, name, value in self.undo:
             setattr(owner, name, value)
+        return model
+
+
+class BuffersCast(Fault):
+    """A blanket cast to bf16 takes the buffers along."""
+
+    story = "rotary frequencies and router biases are cast with the weights"
+    thread = "https://github.com/deepspeedai/DeepSpeed/pull/8066"
+    test = "buffers_dtypes"
+    variant = "default"
+    model = "glm_moe_dsa"
+    checks = ("buffers",)
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Cast every floating buffer of a bf16 model."""
+        if self.case is not None and self.case.dtype == "bfloat16":
+            for module in model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_floating_point() and buffer.dtype != torch.bfloat16:
+                        setattr(module, name, buffer.to(torch.bfloat16))  # stays (non-)persistent
+                        self.hit()
         return model
 
 
