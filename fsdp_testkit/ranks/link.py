@@ -45,7 +45,7 @@ class ServerLink:
         boot = _BOOT % f"{theirs.fileno()}, {method!r}, {list(preload)!r}, {folder!r}"
         with theirs, log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", boot, json.dumps(sys.path)],
+                [sys.executable, "-c", boot, json.dumps([str(entry) for entry in sys.path])],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -104,7 +104,8 @@ class ServerLink:
             self.process.wait(STOP_LIMIT)
         except subprocess.TimeoutExpired:
             self.process.kill()  # the kernel then kills its ranks
-            self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_LIMIT)
 
 
 def open_store() -> tuple[Any, int]:

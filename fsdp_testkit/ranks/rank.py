@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import io
 import json
 import os
 import signal
@@ -51,7 +52,7 @@ class RankContext:
 
     def observe(self, count: int = 1) -> None:
         """Count ``count`` observations: a rank that returns without any is a failure."""
-        self.observations += count
+        self.observations += int(count)
 
     @property
     def seconds_left(self) -> float:
@@ -71,8 +72,8 @@ def main(rank: int, channel: int, spec: int) -> NoReturn:
     raw = json.loads(os.pread(spec, os.fstat(spec).st_size, 0))
     os.close(spec)
     reporter = _Reporter(socket.socket(fileno=channel), raw["job"], rank, raw["attempt"], started)
-    _settle_in(raw, rank)
     try:
+        _settle_in(raw, rank)
         context = _join(raw, rank)
         function: Any = _find(raw["target"])
         reporter.ready = time.monotonic() - started
@@ -146,7 +147,8 @@ def _settle_in(raw: dict[str, Any], rank: int) -> None:
         print(f"rank {rank}: cannot enter {raw['cwd']}: {error}", file=sys.stderr)  # noqa: T201
     importlib.invalidate_caches()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
     faulthandler.enable(file=2, all_threads=True)
     stack = os.open(f"{raw['logs']}/rank{rank}.stack", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True, chain=False)

@@ -139,7 +139,7 @@ class Run:
             "store_port": self.port,
             "env": env | job.env,
             "job_env": job.env,
-            "path": sys.path,
+            "path": [str(entry) for entry in sys.path],
             "cwd": _cwd(),
             "folder": str(self.folder),
             "logs": str(self.logs),

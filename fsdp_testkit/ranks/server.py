@@ -87,7 +87,7 @@ def _preload(names: Iterable[str]) -> list[str]:
             problems.append(f"preloading {name} failed: {type(error).__name__}: {error}"[:500])
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    return problems
+    return problems[:50]  # a message is limited
 
 
 class _Server:
@@ -206,6 +206,7 @@ def _become_rank(server: int, log: int) -> None:
     os.close(null)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.close(log)
 
 
 def _signal(pid: int, number: int) -> None:

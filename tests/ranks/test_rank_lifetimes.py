@@ -141,8 +141,8 @@ def test_a_lost_server_fails_the_job_and_not_the_next(number: int, tmp_path: Pat
         striker = threading.Thread(target=strike)
         striker.start()
         begun = time.monotonic()
-        report = harness.run(job("waits", args={"folder": str(tmp_path)}, deadline=4), explain_hangs=False)
-        assert time.monotonic() - begun < 4 + 5
+        report = harness.run(job("waits", args={"folder": str(tmp_path)}, deadline=3), explain_hangs=False)
+        assert time.monotonic() - begun < 3 + 5
         striker.join()
         assert report.failure is not None
         if number == signal.SIGKILL:
