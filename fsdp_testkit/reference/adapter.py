@@ -19,6 +19,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 # torch.utils._python_dispatch: the underscore is historical, the class is documented in torch's dispatcher notes
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import core_model_loading as _core
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -42,6 +43,8 @@ __all__ = [
     "split_transforms",
     "stacks_rows",
     "tied_patterns",
+    "tree_flatten",
+    "tree_map_only",
 ]
 
 

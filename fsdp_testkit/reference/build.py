@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.overrides import TorchFunctionMode
 
-from fsdp_testkit.reference.adapter import TorchDispatchMode
+from fsdp_testkit.reference.adapter import TorchDispatchMode, tree_flatten, tree_map_only
 
 META = torch.device("meta")
+LITERALS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Create tensors on meta and note every operation on them."""
-        with torch.device("meta"), _Mode(self):
+        with torch.device("meta"), _Mode(self), _Literals():
             yield
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -58,6 +59,8 @@ class Recorder:
         Raises:
             LookupError: the record does not hold the tensor's creation.
         """
+        if not tensor.is_meta:  # made from data that has a device of its own
+            return tensor.detach().clone().to(device)
         needed = {_storage(tensor)}
         history: list[_Call] = []
         for call in reversed(self._calls):
@@ -81,6 +84,23 @@ class Recorder:
         for output, made in zip(call.outputs, produced, strict=True):
             if output.is_meta and _storage(output) not in real:
                 real[_storage(output)] = _laid_out(made, output)
+
+
+class _Literals(TorchFunctionMode):  # type: ignore[misc]  # torch's classes are untyped here
+    """Makes ``torch.tensor(data)`` a real tensor first: straight to meta, its data would pass no recorded operation."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if function not in LITERALS or (device is not None and torch.device(device) != META):
+            return function(*args, **kwargs)
+        data = args[0] if args else kwargs.get("data")
+        if isinstance(data, torch.Tensor) and data.is_meta:
+            return function(*args, **kwargs)
+        grad = bool(kwargs.pop("requires_grad", False))
+        return function(*args, **(kwargs | {"device": "cpu"})).to(META).requires_grad_(grad)
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[misc]  # torch's classes are untyped here

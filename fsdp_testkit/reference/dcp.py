@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dist_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fsdp_testkit.reference import adapter, folders
-from fsdp_testkit.reference.errors import LoadError
+from fsdp_testkit.reference.errors import LoadError, SaveError
 
 METADATA = ".metadata"
 
@@ -88,10 +88,17 @@ def single_process() -> Iterator[None]:
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write ``tensors`` to a DCP folder; all ranks together if there is a process group."""
+    """Write ``tensors`` to a DCP folder; all ranks together if there is a process group.
+
+    Raises:
+        SaveError: a rank could not write; all ranks raise.
+    """
     writer = dist_checkpoint.FileSystemWriter(folder)
-    with single_process():
-        dist_checkpoint.save(tensors, storage_writer=writer, no_dist=not folders.distributed())
+    try:
+        with single_process():
+            dist_checkpoint.save(tensors, storage_writer=writer, no_dist=not folders.distributed())
+    except dist_checkpoint.CheckpointException as error:  # a BaseException, which no caller expects
+        raise SaveError(f"{folder} cannot be written as a DCP checkpoint: {error}") from error
 
 
 def read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -106,7 +113,7 @@ def read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
             dist_checkpoint.load(tensors, storage_reader=Reader(folder), no_dist=True)
     except LoadError:
         raise
-    except Exception as error:  # dcp wraps what its reader threads raise in its own kinds
+    except (Exception, dist_checkpoint.CheckpointException) as error:  # the latter is a BaseException
         raise LoadError(f"{folder} cannot be read as a DCP checkpoint: {error}") from error
 
 

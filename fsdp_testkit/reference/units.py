@@ -43,9 +43,10 @@ def resolve(plan: Plan, model: nn.Module) -> list[Unit]:
     wanted, together = _auto(model) if plan.mode == "auto" else (_manual(plan, model), [])
     root = wanted.pop("", ModuleOptions())
     grouping = _Grouping(model, wanted)
-    for name in together:
-        grouping.join(together[0], name)
     grouping.merge_tied()
+    dtypes = {p.dtype for name in together for p in model.get_submodule(name).parameters()}
+    for name in together if len(dtypes) == 1 else ():
+        grouping.join(together[0], name)
     grouping.split_dtypes(root)
     units = grouping.units()
     return [*units, Unit(modules=("",), options=root)]
@@ -92,13 +93,22 @@ def _auto(model: nn.Module) -> tuple[dict[str, ModuleOptions], list[str]]:
             if any(True for _ in block.parameters()):
                 wanted[f"{name}.{index}"] = free
     if embedding in names and not _inside(names[embedding], wanted):
-        wanted[names[embedding]] = free
+        wanted |= dict.fromkeys(_wrappable(names[embedding], embedding), free)
     tail: list[str] = []
     if head in names and head is not model:
         norm = _final_norm(model, lists)
-        tail = [names[head]] if norm is None else [norm, names[head]]
+        tail = [*([norm] if norm else []), *_wrappable(names[head], head)]
         wanted |= dict.fromkeys(tail, keep)
     return wanted, tail
+
+
+def _wrappable(name: str, module: nn.Module) -> list[str]:
+    """Return the module, or its items if it is a mere container (one embedding or head per codebook)."""
+    return [f"{name}.{item}" for item, _ in module.named_children()] if _is_container(module) else [name]
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward
 
 
 def block_lists(model: nn.Module) -> list[str]:
@@ -145,8 +155,7 @@ def _manual(plan: Plan, model: nn.Module) -> dict[str, ModuleOptions]:
             hint = f"; near: {', '.join(near)}" if near else ""
             raise PlanError(f"pattern {pattern!r} matches no module of {type(model).__name__}{hint}")
         for name in matches:
-            container = isinstance(modules[name], (nn.ModuleList, nn.ModuleDict))
-            if container and type(modules[name]).forward is nn.Module.forward:
+            if _is_container(modules[name]):
                 raise PlanError(f"pattern {pattern!r} matches the container {name!r}; use '{pattern}.*'")
         matches = [name for name in matches if not name or any(True for _ in modules[name].parameters())]
         if not matches:
@@ -173,6 +182,13 @@ class _Grouping:
             module = module.rpartition(".")[0]
         return None
 
+    def holder(self, parameter: str) -> str:
+        """Return the innermost module around a parameter that has a forward, since that is what gathers a unit."""
+        module = parameter.rpartition(".")[0]
+        while module and type(self.model.get_submodule(module)).forward is nn.Module.forward:
+            module = module.rpartition(".")[0]
+        return module
+
     def add(self, module: str, options: ModuleOptions) -> None:
         self.options[module] = options
         self.group[module] = module
@@ -184,7 +200,7 @@ class _Grouping:
     def merge_tied(self) -> None:
         holders: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            holders[id(parameter)].append(name.rpartition(".")[0])
+            holders[id(parameter)].append(self.holder(name))
         for modules in holders.values():
             owners = [self.owner(module) for module in modules]
             if len(set(owners)) == 1:
@@ -200,7 +216,9 @@ class _Grouping:
         sizes: dict[str | None, Counter[torch.dtype]] = defaultdict(Counter)
         direct: dict[str, set[torch.dtype]] = defaultdict(set)
         for name, parameter in self.model.named_parameters():
-            module = name.rpartition(".")[0]
+            if not parameter.requires_grad:
+                continue  # only gradients are reduced as one buffer
+            module = self.holder(name)
             direct[module].add(parameter.dtype)
             owner = self.owner(module)
             sizes[None if owner is None else self.group[owner]][parameter.dtype] += parameter.numel()
