@@ -100,7 +100,7 @@ class Harness:
                 except BaseException:
                     report.discard()
                     raise
-                report.failure.explanation = explain(second.outcome, second.replies, second.failure)
+                report.failure.explanation = explain(second.replies, second.failure)
                 second.discard()
             return report
 

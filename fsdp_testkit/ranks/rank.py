@@ -72,6 +72,7 @@ def main(rank: int, channel: int, spec: int) -> NoReturn:
     raw = json.loads(os.pread(spec, os.fstat(spec).st_size, 0))
     os.close(spec)
     reporter = _Reporter(socket.socket(fileno=channel), raw["job"], rank, raw["attempt"], started)
+    context = None
     try:
         _settle_in(raw, rank)
         context = _join(raw, rank)
@@ -80,7 +81,7 @@ def main(rank: int, channel: int, spec: int) -> NoReturn:
         value = function(context, **raw["args"])
         reply = {"status": "ok", "value": value, "observations": context.observations}
     except BaseException as error:  # whatever it is, the parent has to hear of it
-        reply = _describe(error)
+        reply = _describe(error) | {"observations": context.observations if context is not None else 0}
         reporter.send(reply)
         if reply["status"] == "raised":
             # Ends without leaving the group: the closed connections tell the other ranks at once.

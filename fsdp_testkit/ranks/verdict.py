@@ -81,7 +81,7 @@ def _hang(job: Job, replies: Sequence[RankReply], hung: list[RankReply]) -> tupl
 
 def _place(reply: RankReply) -> str:
     if reply.collective:
-        return f"waits in {reply.collective}"
+        return f"waits in {reply.collective}" + (f", called in {reply.error}" if reply.error else "")
     if reply.stack:
         return f"is at {reply.error}" if reply.error else "is in Python code of its own"
     return "wrote no stack"
@@ -163,15 +163,14 @@ def _line(text: str) -> str:
     return first if len(first) <= 300 else first[:300] + "..."
 
 
-def explain(kind: str, replies: Sequence[RankReply], failure: JobFailure | None) -> str:
+def explain(replies: Sequence[RankReply], failure: JobFailure | None) -> str:
     """Return what the second run, with collective checking, says about a hang of the first."""
-    named = [
-        reply.error.strip()
-        for reply in replies
-        if re.search(r"mismatch between collectives|monitoredBarrier|collective", reply.error) and not reply.consequence
-    ]
-    if named:
-        return named[0][:2000]  # the other ranks say the same the other way round
+    for reply in replies:
+        if not reply.consequence and re.search(r"mismatch between collectives|monitoredBarrier", reply.error):
+            # Of the tensors' options only the device says something, and that is nearly always the same.
+            return re.sub(r",? ?(TensorDeviceTypes=)?TensorOptions\(.*?memory_format=\(\w+\)\)", "", reply.error)[:2000]
     if failure is None:
-        return f"the second run did not hang ({kind}): the hang depends on timing"
+        return "the second run did not hang: the hang depends on timing"
+    if failure.kind == "hang":
+        return "it hung again, and no mismatch of collectives was found"
     return failure.summary[:2000]

@@ -9,7 +9,7 @@ import pytest
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.ranks import Job, RankReply, pick_comm
 from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, threads
-from fsdp_testkit.ranks.verdict import judge
+from fsdp_testkit.ranks.verdict import explain, judge
 
 CLOSED = "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:35245"
 
@@ -207,7 +207,7 @@ def test_the_rank_that_is_elsewhere_is_to_blame_for_a_hang() -> None:
     assert (failure.kind, failure.first_rank) == ("hang", 1)
     assert "no reply from ranks 0-1 of 2 within 7 s" in failure.summary
     assert "rank 1 is at nap (b.py:2)" in failure.summary
-    assert "rank 0 waits in all_reduce (c.py:1)" in failure.summary
+    assert "rank 0 waits in all_reduce (c.py:1), called in a (b.py:1)" in failure.summary
 
 
 def test_a_rank_that_returned_is_to_blame_for_those_that_wait() -> None:
@@ -233,3 +233,14 @@ def test_success_without_observations_is_a_failure() -> None:
     assert failure is not None
     assert failure.kind == "no_observation"
     assert "rank 1 of 2 reported success but made no observation" in failure.summary
+
+
+def test_the_second_run_is_told_without_noise() -> None:
+    options = "TensorOptions(dtype=float (default), device=cpu, memory_format=(nullopt))"
+    text = (
+        "RuntimeError: Detected mismatch between collectives on ranks. Rank 0 is running collective: "
+        f"CollectiveFingerPrint(OpType=ALLREDUCE, TensorShape=[2], TensorDeviceTypes={options} {options}), but Rank 1"
+    )
+    said = explain([raised(0, text), raised(1, CLOSED)], None)
+    assert "OpType=ALLREDUCE, TensorShape=[2]), but Rank 1" in said
+    assert "did not hang" in explain([ok(0)], None)
