@@ -1,4 +1,4 @@
-"""A few ranks for these tests: `run(function, world, *args)` calls ``function(rank, world, *args)`` on each."""
+"""A few ranks for these tests: `run(function, world, *args)` calls ``function(rank, *args)`` on each."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def _entry(rank: int, function: Any, world: int, store: str, args: tuple[Any, ..
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     try:
-        function(rank, world, *args)
+        function(rank, *args)
     finally:
         dist.destroy_process_group()

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import small
 import torch
-from fsdp_testkit.reference import LoadError, load_sharded
-from fsdp_testkit.reference.files import Checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
+
+from fsdp_testkit.reference import LoadError, load_sharded
+from fsdp_testkit.reference.files import Checkpoint
 
 
 def chunk(tensor: torch.Tensor, size: int, index: int) -> torch.Tensor:
@@ -269,7 +270,7 @@ def test_arguments(tmp_path: Path, claim: Any) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LoadError, match="is an empty folder"):
         load_sharded(tmp_path / "empty", mesh)
-    with pytest.raises(LoadError, match="dtype=.*must be a floating point"):
+    with pytest.raises(LoadError, match=r"dtype=.*must be a floating point"):
         load_sharded(folder, mesh, dtype=torch.int8)
     with pytest.raises(LoadError, match="source='disk'"):
         load_sharded(folder, mesh, source="disk")

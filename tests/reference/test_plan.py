@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-import small
 import pytest
+import small
 import torch
+from torch import nn
+
 from fsdp_testkit.reference import ModuleOptions, Plan, PlanError
 from fsdp_testkit.reference.units import block_lists, resolve
-from torch import nn
 
 
 def shape(plan: object, model: nn.Module) -> list[tuple[tuple[str, ...], bool | None]]:

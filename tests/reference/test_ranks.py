@@ -14,6 +14,10 @@ import pytest
 import small
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+
 from fsdp_testkit.backends.base import MicroBatch, OptimizerConfig
 from fsdp_testkit.backends.reference import ReferenceBackend
 from fsdp_testkit.reference import (
@@ -25,9 +29,6 @@ from fsdp_testkit.reference import (
     save_sharded,
     save_training,
 )
-from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM
 
 MODELS = [(name, tie) for name in ("llama", "gpt2", "mixtral") for tie in (False, True)]
 
@@ -51,7 +52,7 @@ def assert_equal_to(model: Any, whole: Any) -> None:
 # --- loading, and saving in both layouts ---
 
 
-def save_and_reload(rank: int, world: int, base: Path, shape: tuple[int, ...]) -> None:
+def save_and_reload(rank: int, base: Path, shape: tuple[int, ...]) -> None:
     mesh = mesh_of(shape)
     for name, tie in MODELS:
         source = folder_of(base, name, tie)
@@ -97,7 +98,7 @@ def test_save_is_what_save_pretrained_writes(tmp_path: Path, shape: tuple[int, .
         assert not list(tmp_path.glob(".*"))
 
 
-def reload_elsewhere(rank: int, world: int, base: Path, shape: tuple[int, ...]) -> None:
+def reload_elsewhere(_: int, base: Path, shape: tuple[int, ...]) -> None:
     for name, tie in MODELS:
         model = load_sharded(folder_of(base, name, tie).with_name(f"{name}-tie{tie}-dcp"), mesh_of(shape))
         assert_equal_to(model, small.build(name, tie=tie))
@@ -105,9 +106,9 @@ def reload_elsewhere(rank: int, world: int, base: Path, shape: tuple[int, ...]) 
     assert torch.equal(half.lm_head.weight.full_tensor(), small.build("llama").lm_head.weight.bfloat16())
 
 
-def only_save_dcp(rank: int, world: int, base: Path) -> None:
+def only_save_dcp(_: int, base: Path) -> None:
     for name, tie in MODELS:
-        model = load_sharded(folder_of(base, name, tie), mesh_of((world,)))
+        model = load_sharded(folder_of(base, name, tie), mesh_of((2,)))
         save_sharded(model, base / f"{name}-tie{tie}-dcp", layout="dcp")
 
 
@@ -154,7 +155,7 @@ def seed(rank: int) -> None:
     torch.manual_seed(rank)
 
 
-def train_and_save(rank: int, world: int, base: Path, shape: tuple[int, ...]) -> None:
+def train_and_save(rank: int, base: Path, shape: tuple[int, ...]) -> None:
     mesh = mesh_of(shape)
     seed(rank)
     straight = Training(base / "start", mesh)
@@ -200,7 +201,7 @@ def errors_of_training(base: Path, straight: Training, other: Training) -> None:
     assert [group["lr"] for group in optimizer.param_groups] == before
 
 
-def resume_elsewhere(rank: int, world: int, base: Path, shape: tuple[int, ...]) -> None:
+def resume_elsewhere(rank: int, base: Path, shape: tuple[int, ...]) -> None:
     resumed = Training(base / "half", mesh_of(shape))
     with pytest.raises(TrainingStateError, match="saved on 2 ranks"):
         load_training(resumed.model, resumed.optimizer, resumed.scheduler, base / "half", rng="require")
@@ -233,8 +234,8 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 # --- manual plans, and failures of saving ---
 
 
-def plans_and_failures(rank: int, world: int, base: Path) -> None:
-    mesh = mesh_of((world,))
+def plans_and_failures(rank: int, base: Path) -> None:
+    mesh = mesh_of((2,))
     reference = load_sharded(base / "llama", mesh)
     loss = reference(**small.batch(rank)).loss
     plan = {
