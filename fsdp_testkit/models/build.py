@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import random
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 
 from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.core.errors import UsageError
-from fsdp_testkit.models import adapter
+from fsdp_testkit.models import adapter, rules
 from fsdp_testkit.models.catalogue import causal_lm_types
 from fsdp_testkit.models.tiny import tiny_config
 
@@ -28,6 +29,13 @@ WEIGHT_NOISE = 0.02
 #: The same for persistent buffers and frozen parameters. Small against the spread of a router's scores: a
 #: routing bias must be visible when it is lost and must not starve an expert.
 BUFFER_NOISE = 0.002
+#: The same for the input embedding and for the matrices of routers. What a token is has to dominate what all
+#: tokens have in common (biases, averages that attention makes), or a router sends all tokens to the same experts.
+ROUTING_NOISE = 0.2
+#: Names of parameters that decide on experts.
+ROUTERS = re.compile(r"router|\.gate\.|\.wg\.")
+#: Names of persistent integer buffers that give each token id its experts: all zero without a checkpoint.
+ROUTING_TABLES = re.compile(r"tid2eid$")
 
 
 def resolve(spec: ModelSpec) -> tuple[Any, Any]:
@@ -109,19 +117,28 @@ def meta_model(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> nn.Module
 
 
 def perturb(model: nn.Module, seed: int) -> None:
-    """Add noise to every floating parameter and persistent buffer, in place.
+    """Add noise to every floating parameter and persistent buffer, and fill routing tables, in place.
 
     The noise of a tensor depends on ``seed`` and its name only, not on the order of the modules.
     """
     persistent = set(model.state_dict(keep_vars=True))
+    getter = getattr(model, "get_input_embeddings", None)
+    embedding = getattr(getter() if getter is not None else None, "weight", None)
     tensors = list(model.named_parameters())
     tensors += [(name, item) for name, item in model.named_buffers() if name in persistent]
     for name, item in tensors:
-        scale = WEIGHT_NOISE if item.requires_grad else BUFFER_NOISE
+        generator = torch.Generator().manual_seed(number_from(seed, name))
         if item.is_floating_point():
-            generator = torch.Generator().manual_seed(number_from(seed, name))
+            scale = WEIGHT_NOISE if item.requires_grad else BUFFER_NOISE
+            if item is embedding or (item.requires_grad and item.ndim == 2 and ROUTERS.search(name)):
+                scale = ROUTING_NOISE
             noise = torch.randn(item.shape, generator=generator, dtype=torch.float32)
             item.data.add_(noise.to(item.dtype), alpha=scale)  # .data: no graph, also where a gradient is wanted
+        elif ROUTING_TABLES.search(name):
+            # different experts for one token, each expert equally often
+            count = getattr(getattr(model, "config", None), "num_local_experts", rules.EXPERTS)
+            first = torch.randint(0, count, item.shape[:1], generator=generator)
+            item.copy_((first.unsqueeze(1) + torch.arange(item.shape[1])) % count)
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:

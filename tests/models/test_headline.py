@@ -23,9 +23,7 @@ from fsdp_testkit.models.catalogue import HEADLINE, HEADLINE_MOE
 from fsdp_testkit.models.expectations import expects_no_gradient, expects_zero_gradient
 
 VARIANTS = [
-    pytest.param(name, tie, id=f"{name}-{'tied' if tie else 'untied'}")
-    for name in HEADLINE
-    for tie in (True, False)
+    pytest.param(name, tie, id=f"{name}-{'tied' if tie else 'untied'}") for name in HEADLINE for tie in (True, False)
 ]
 BIT_WIDTHS = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -38,9 +36,7 @@ def batch_of(model: Any, rank: int = 0, step: int = 0, **values: Any) -> Any:
     return make_batch(model.config, type(model), rank=rank, step=step, micro=0, seed=0, **values)
 
 
-def run(
-    model: nn.Module, rank: int = 0, step: int = 0
-) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+def run(model: nn.Module, rank: int = 0, step: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
     model.zero_grad()
     loss = model(**batch_of(model, rank, step).inputs).loss
     loss.backward()
@@ -79,9 +75,7 @@ def test_the_same_seed_gives_the_same_bits(name: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", BIT_WIDTHS)
 @pytest.mark.parametrize(("name", "tie"), VARIANTS)
-def test_a_saved_model_comes_back_bit_for_bit(
-    name: str, tie: bool, dtype: torch.dtype, tmp_path: Any
-) -> None:
+def test_a_saved_model_comes_back_bit_for_bit(name: str, tie: bool, dtype: torch.dtype, tmp_path: Any) -> None:
     saved = build_model(spec(name, tie), seed=0)
     saved.save_pretrained(tmp_path)
     # a float32 checkpoint loaded under another dtype is what build_model claims to be the same as
@@ -126,9 +120,7 @@ def test_parameters_shard_unevenly(name: str) -> None:
 def test_batches_differ_and_have_unequal_token_counts(name: str) -> None:
     config, model_class = resolve(spec(name))
     for step in range(4):
-        batches = [
-            make_batch(config, model_class, rank=rank, step=step, micro=0, seed=0) for rank in range(8)
-        ]
+        batches = [make_batch(config, model_class, rank=rank, step=step, micro=0, seed=0) for rank in range(8)]
         assert len({batch.tokens for batch in batches}) == 8
         assert len({str(batch.inputs["input_ids"].tolist()) for batch in batches}) == 8
     one, other = (make_batch(config, model_class, rank=0, step=step, micro=0, seed=0) for step in range(2))

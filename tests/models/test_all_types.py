@@ -1,0 +1,147 @@
+"""Every causal-LM type of the installed transformers is accounted for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fsdp_testkit.core.case import ModelSpec
+from fsdp_testkit.core.errors import UsageError
+from fsdp_testkit.models.batches import make_batch
+from fsdp_testkit.models.build import build_model, meta_model
+from fsdp_testkit.models.catalogue import IMPOSSIBLE, causal_lm_classes, causal_lm_types
+from fsdp_testkit.models.expectations import expects_no_gradient, expects_zero_gradient
+from fsdp_testkit.models.family import family
+from fsdp_testkit.models.kinds import missing_layer_kinds
+from fsdp_testkit.models.overrides import OVERRIDES
+from fsdp_testkit.models.tiny import tiny_config
+
+POSSIBLE = tuple(name for name in causal_lm_types() if name not in IMPOSSIBLE)
+#: Classes that cannot build a model from their own defaults: their tiny configs follow the config's source.
+NO_DEFAULT = {
+    "cohere_compass_text",
+    "dbrx",
+    "dots1",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "lfm2_moe",
+    "ministral",
+    "nemotron",
+    "qwen4_exp",
+    "qwen4_exp_text",
+    "reformer",
+}
+#: Sub-configs whose model type is no causal LM of its own; they have batches of their own kind.
+PARTS = {"musicgen_decoder", "musicgen_melody_decoder"}
+
+
+def test_every_type_is_accounted_for() -> None:
+    assert len(causal_lm_types()) == 189
+    assert len(POSSIBLE) == 186
+    assert len(IMPOSSIBLE) <= 3
+    assert not IMPOSSIBLE.keys() - set(causal_lm_types())
+    assert not OVERRIDES.keys() - set(causal_lm_types()) - PARTS
+
+
+@pytest.mark.parametrize("name", sorted(IMPOSSIBLE))
+def test_impossible_types_say_why(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        tiny_config(name)
+
+
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_forward_and_backward(name: str) -> None:
+    model: Any = build_model(ModelSpec(model_type=name), seed=0)
+    assert type(model).__name__ == causal_lm_classes()[name]
+    assert sum(item.numel() for item in model.parameters()) < 1_000_000
+    for rank in range(2):
+        model.zero_grad()
+        batch = make_batch(model.config, type(model), rank=rank, step=0, micro=0, seed=0)
+        loss = model(**batch.inputs).loss
+        assert torch.isfinite(loss)
+        loss.backward()
+        for key, item in model.named_parameters():
+            missing = not item.requires_grad or expects_no_gradient(name, key)
+            assert (item.grad is None) == missing, key
+            assert missing or bool(item.grad.any()) != expects_zero_gradient(name, key), key
+
+
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_the_loss_is_a_mean_over_the_tokens_that_the_batch_says(name: str) -> None:
+    # a mean over all tokens is the mean over each half, weighted by its tokens, whatever a model does to labels
+    model: Any = build_model(ModelSpec(model_type=name), seed=0).eval()
+    config = model.config
+    losses, tokens = [], []
+    whole = make_batch(config, type(model), rank=3, step=1, micro=0, seed=0)
+    books = getattr(config, "num_codebooks", 1) if name.startswith("musicgen") else 1
+    with torch.no_grad():
+        for row in range(2):
+            part = {
+                key: value[row * books : (row + 1) * books] if key == "input_ids" else value[row : row + 1]
+                for key, value in whole.inputs.items()
+            }
+            losses.append(float(model(**part).loss))
+            tokens.append(int((part["labels"] != -100).sum()))
+        total = float(model(**whole.inputs).loss)
+    assert sum(tokens) == whole.tokens
+    assert tokens[0] != tokens[1]
+    weighted = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / whole.tokens
+    assert abs(total - weighted) < 2e-5
+
+
+def experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Fused weights of experts: expert first."""
+    return {
+        key: item
+        for key, item in model.named_parameters()
+        if item.ndim == 3 and item.grad is not None and "expert" in key and "conv" not in key
+    }
+
+
+#: Their fused weights have slices that no token ever uses: experts that pass their input through.
+UNUSED_SLICES = {"longcat_flash": 3}
+#: One expert for each token instead of two: now and then one of five gets none of a batch's tokens.
+ONE_EXPERT = {"zaya"}
+
+
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_every_rank_reaches_every_expert(name: str) -> None:
+    if family(meta_model(ModelSpec(model_type=name))) != "moe":
+        return
+    model: Any = build_model(ModelSpec(model_type=name), seed=0)
+    missed = 0
+    for rank in range(4):
+        reached: dict[str, torch.Tensor] = {}
+        for step in range(5):
+            model.zero_grad()
+            batch = make_batch(model.config, type(model), rank=rank, step=step, micro=0, seed=0)
+            model(**batch.inputs).loss.backward()
+            for key, item in experts(model).items():
+                assert item.grad is not None
+                used = item.grad.flatten(1).any(dim=1)
+                used = used[: len(used) - UNUSED_SLICES.get(name, 0)] if "gate_up" in key else used
+                reached[key] = used | reached.get(key, torch.zeros_like(used))
+                missed += int((~used).sum())
+        assert reached or name == "dbrx"  # which keeps its experts in one flat matrix
+        assert all(used.all() for used in reached.values()), (rank, reached)
+    # `test_headline` allows none
+    assert missed <= (40 if name in ONE_EXPERT else 4)
+
+
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_no_kind_of_layer_is_missing(name: str) -> None:
+    if name in NO_DEFAULT:
+        with pytest.raises(UsageError, match="its own defaults"):
+            missing_layer_kinds(name)
+    else:
+        assert missing_layer_kinds(name) == []
+
+
+def test_families_cover_all_shapes() -> None:
+    count = Counter(family(meta_model(ModelSpec(model_type=name))) for name in POSSIBLE)
+    assert count.keys() == {"dense", "moe", "hybrid", "decoder", "multimodal", "other"}
+    assert count["moe"] > 50
