@@ -2,6 +2,8 @@
 
 The names below are imported when they are first used: ``import fsdp_testkit`` costs milliseconds, and neither
 torch nor transformers is imported by it.
+
+PYTEST_DONT_REWRITE: pytest would warn where a session imported the package before the plugin was loaded.
 """
 
 from __future__ import annotations
@@ -59,9 +61,7 @@ def __getattr__(name: str) -> Any:
         module, attribute = _HOMES[name]
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    value = getattr(importlib.import_module(module), attribute)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

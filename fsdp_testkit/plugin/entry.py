@@ -1,12 +1,20 @@
-"""The pytest11 entry point. Imports nothing: pytest loads the parts below, each with its own concern."""
+"""The pytest11 entry point: registers the parts of the plugin, each with its own concern."""
 
 from __future__ import annotations
 
-pytest_plugins = (
-    "fsdp_testkit.plugin.options",
-    "fsdp_testkit.plugin.lifetime",
-    "fsdp_testkit.plugin.header",
-    "fsdp_testkit.plugin.items",
-    "fsdp_testkit.plugin.rows",
-    "fsdp_testkit.plugin.summary",
-)
+import importlib
+
+import pytest
+
+PARTS = ("options", "lifetime", "header", "items", "scheduling", "rows", "summary")
+
+
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Register the parts; hooks that were called before are called for them again.
+
+    A ``pytest_plugins`` list would do the same, and warn in sessions that have imported the kit before.
+    """
+    for part in PARTS:
+        name = f"{__package__}.{part}"
+        if not pluginmanager.hasplugin(name):
+            pluginmanager.register(importlib.import_module(name), name)

@@ -1,8 +1,7 @@
-"""Items: the matrix becomes classes, FSDP items get their marks, and xdist keeps each model on one worker."""
+"""Items: the matrix becomes classes, FSDP items get their marks and the words that -k finds them by."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,19 +34,6 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("markers", f"{name}: {text}")
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
-    """Choose ``--dist loadgroup`` where the user gave ``-n`` and no ``--dist``.
-
-    A wrapper, because it has to come before xdist's own hook, which turns the missing choice into ``load``.
-    """
-    option = config.option
-    asked = getattr(option, "numprocesses", None)
-    if asked and getattr(option, "dist", None) == "no" and not getattr(option, "distload", False):
-        option.dist = "loadgroup"
-    return (yield)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(
     collector: pytest.Module | pytest.Class, name: str, obj: object
@@ -58,11 +44,9 @@ def pytest_pycollect_makeitem(
         return [] if obj.__dict__.get("_fsdp_kit_role") == "mixin" else None
     if getattr(type(obj), "_fsdp_kit_role", None) != "matrix":
         return None
-    from fsdp_testkit.plugin.matrix import ModelMatrix
-
-    assert isinstance(obj, ModelMatrix)
+    matrix: Any = obj
     with usage_errors():
-        classes = obj.classes(collector.config.stash[RUN_OPTIONS].models, collector.obj.__name__)
+        classes = matrix.classes(collector.config.stash[RUN_OPTIONS].models, collector.obj.__name__)
     nodes: list[pytest.Item | pytest.Collector] = []
     for cls in classes:
         if hasattr(collector.obj, cls.__name__):

@@ -127,7 +127,7 @@ def _check_attributes(cls: type[FSDPTesterMixin]) -> None:
     if "fsdp_tests" in own:
         _check_tests(owner, cls.fsdp_tests)
     if own.get("model_type") is not None and getattr(cls, "config", None) is None:
-        source.check_model_type(owner, own["model_type"])
+        source.check_model_type(f"{owner}.model_type", own["model_type"])
 
 
 def _check_tests(owner: str, value: Any) -> None:

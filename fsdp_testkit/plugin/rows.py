@@ -8,7 +8,6 @@ not see it.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.plugin.items import CELL
 from fsdp_testkit.plugin.options import RUN_OPTIONS, is_worker
+from fsdp_testkit.plugin.scheduling import scope_of
 from fsdp_testkit.plugin.session import error_row
 
 #: Set by the mixin on the item: its rows, after the ledger.
@@ -73,16 +73,20 @@ class _Collector:
     def __init__(self, config: pytest.Config) -> None:
         self.store = config.stash[STORE]
         self.backend = config.stash[RUN_OPTIONS].engine.backend
+        self.models: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take the rows; remember an FSDP item that failed or was skipped before it had any."""
         nodeid = bare_nodeid(report.nodeid)
+        cell = getattr(report, "fsdp_cell", None)
+        if cell is not None:
+            self.models[nodeid.rpartition("::")[0]] = cell[0]
         if (text := getattr(report, "fsdp_rows", None)) is not None:
             rows = unpack(text)
             for row in rows:
                 row.extra["item"] = nodeid
             self.store.items[nodeid] = rows
-        elif not report.passed and (cell := getattr(report, "fsdp_cell", None) or guess_cell(report.nodeid)):
+        elif not report.passed and (cell := cell or self._guess(nodeid)):
             # a worker that died, a broken fixture, a skip by the user's mark: still a row
             model_type, test, variant = cell
             row = error_row(model_type, test, variant, self.backend, _why(report))
@@ -90,6 +94,16 @@ class _Collector:
                 row.outcome = "skipped"
             row.extra["item"] = nodeid
             self.store.missing[nodeid] = row
+
+    def _guess(self, nodeid: str) -> tuple[str, str, str] | None:
+        """Return the cell of an item that only its node id is known of: that of a worker that died."""
+        if (owner := scope_of(nodeid)) is None:
+            return None
+        from fsdp_testkit.plugin.mixin import METHODS
+
+        method = nodeid.rpartition("::")[2]
+        model_type = self.models.get(owner, owner.rpartition("::")[2])
+        return (model_type, *METHODS[method]) if method in METHODS else None
 
 
 def pack(rows: Iterable[Result]) -> str:
@@ -112,20 +126,9 @@ def bare_nodeid(nodeid: str) -> str:
     return f"{head}::{name.split('@')[0]}" if head else nodeid
 
 
-def guess_cell(nodeid: str) -> tuple[str, str, str] | None:
-    """Return the cell of an item that only its node id is known of: that of a worker that died."""
-    match = re.search(r"::(\w+)::(test_kit_\w+)(?:@(.+))?$", nodeid)
-    if match is None:
-        return None
-    from fsdp_testkit.plugin.mixin import METHODS
-
-    name, method, group = match.groups()
-    return (group or name, *METHODS[method]) if method in METHODS else None
-
-
 def _why(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
-    text = report.longreprtext.strip()
-    # the last line of a traceback says what was wrong; the rest is in the item's own report
-    return text.splitlines()[-1] if text else "the item ended without a result"
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash is not None else report.longreprtext
+    return text.strip() or "the item ended without a result"

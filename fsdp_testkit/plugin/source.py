@@ -30,7 +30,7 @@ def resolve(test: Any) -> ModelSpec:
     if (config := _config_attribute(test, owner)) is not None:
         return _from_config(owner, "config", config, model_class, name)
     if name is not None:
-        check_model_type(owner, name)
+        check_model_type(f"{owner}.model_type", name)
         return ModelSpec(model_type=name, model_class=model_class)
     if (tester := getattr(test, "model_tester", None)) is not None:
         return _from_tester(owner, tester, model_class)
@@ -41,7 +41,7 @@ def resolve(test: Any) -> ModelSpec:
     )
 
 
-def check_model_type(owner: str, value: Any) -> None:
+def check_model_type(label: str, value: Any) -> None:
     """Refuse a model type that the installed transformers does not know.
 
     Raises:
@@ -50,12 +50,12 @@ def check_model_type(owner: str, value: Any) -> None:
     from fsdp_testkit.models.catalogue import causal_lm_types, near_matches
 
     if not isinstance(value, str) or not value:
-        raise UsageError(f"{owner}.model_type={value!r} must be text such as 'llama'")
+        raise UsageError(f"{label}={value!r} must be text such as 'llama'")
     if value not in causal_lm_types():
         near = near_matches(value)
         hint = f"; near matches: {', '.join(near)}" if near else ""
         raise UsageError(
-            f"{owner}.model_type={value!r} must be a causal-LM model type of the installed transformers{hint}. "
+            f"{label}={value!r} must be a causal-LM model type of the installed transformers{hint}. "
             "For a model of your own give config = ... (and model_class = ...)"
         )
 

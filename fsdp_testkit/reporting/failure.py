@@ -13,6 +13,7 @@ from fsdp_testkit.core.result import BAD_OUTCOMES, Result
 SHOWN = 8
 #: Longest expected or actual value that is printed whole.
 _WIDTH = 160
+_DISTANCES = ("max_abs_error", "max_rel_error")
 #: Lines of a rank's report that are printed whole.
 _LINES = 60
 
@@ -54,11 +55,13 @@ def replay_command(row: Result) -> str:
 def finding_lines(finding: dict[str, Any]) -> list[str]:
     """Return a finding as lines: the sentence first, then where, the values, the distance, the judge."""
     lines = [f"{finding.get('check', '?')}: {finding.get('message', '(no message)')}"]
-    where = [
+    ranks = [str(rank) for rank in finding.get("ranks", [finding.get("rank")]) if rank is not None]
+    where = [f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"] if ranks else []
+    where.extend(
         f"{label}{finding[name]}"
-        for name, label in (("rank", "rank "), ("step", "step "), ("parameter", ""))
+        for name, label in (("step", "step "), ("parameter", ""))
         if finding.get(name) not in (None, "")
-    ]
+    )
     if where:
         lines.append("  where     " + ", ".join(where))
     for name in ("expected", "actual"):
@@ -75,6 +78,21 @@ def finding_lines(finding: dict[str, Any]) -> list[str]:
     return lines
 
 
+def fold_ranks(findings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return findings with those that only the rank tells apart as one, which has them under ``ranks``."""
+    folded: dict[str, dict[str, Any]] = {}
+    for finding in findings:
+        same = {name: value for name, value in finding.items() if name not in ("rank", *_DISTANCES)}
+        kept = folded.setdefault(json.dumps(same, sort_keys=True, default=str), {**finding, "ranks": []})
+        kept["ranks"].append(finding.get("rank"))
+        for name in _DISTANCES:
+            if (value := finding.get(name)) is not None:
+                # the worst of the ranks; not-a-number is worse than any number
+                old = kept.get(name)
+                kept[name] = value if old is None or not value <= old else old
+    return list(folded.values())
+
+
 def _row(row: Result, shown: int) -> str:
     lines = [headline([row])]
     said = {str(finding.get("message", "")) for finding in row.findings}
@@ -82,14 +100,19 @@ def _row(row: Result, shown: int) -> str:
         lines.extend(f"  {line}" for line in row.reason.splitlines())
     if diagnosis := row.extra.get("diagnosis"):
         lines.append(f"  likely cause: {diagnosis}")
-    for number, finding in enumerate(row.findings[:shown], start=1):
+    folded = fold_ranks(row.findings)
+    for number, finding in enumerate(folded[:shown], start=1):
         first, *rest = finding_lines(finding)
         lines.append("")
         lines.append(f"  {number}. {first}")
         lines.extend(f"   {line}" for line in rest)
-    if (more := _total(row) - shown) > 0:
+    rest_of = folded[shown:]
+    # a row may hold only the first of very many findings
+    beyond = _total(row) - len(row.findings)
+    if more := sum(len(finding["ranks"]) for finding in rest_of) + beyond:
+        kinds = f": {_others(rest_of)}" if rest_of else ""
         lines.append("")
-        lines.append(f"  and {more} more: {_others(row.findings[shown:])} (--fsdp-report FILE.json holds them)")
+        lines.append(f"  and {more} more{kinds} (--fsdp-report FILE.json holds them)")
     for name in ("report", "traceback"):
         if text := str(row.extra.get(name) or "").strip():
             lines.append("")
@@ -118,7 +141,7 @@ def _others(findings: Iterable[dict[str, Any]]) -> str:
     counts: dict[str, int] = {}
     for finding in findings:
         name = str(finding.get("check", "?"))
-        counts[name] = counts.get(name, 0) + 1
+        counts[name] = counts.get(name, 0) + len(finding["ranks"])
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 

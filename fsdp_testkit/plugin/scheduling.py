@@ -1,0 +1,82 @@
+"""How xdist hands out items: all items of a model class to one worker, because they share one engine's work.
+
+Two faults of xdist 3.8.0 make a scheduler of our own necessary. With pytest 9.2 its ``--dist loadgroup`` groups
+nothing (pytest-xdist issue 1386). And when a worker dies, it queues what was finished once more and keeps a
+replacement waiting for a second item, so that the session never ends (issues 1323, 1327 and 1378).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, Any, Any]:
+    """Choose ``--dist loadgroup`` where the user gave ``-n`` and no ``--dist``.
+
+    A wrapper, because it has to come before xdist's own hook, which turns the missing choice into ``load``.
+    """
+    option = config.option
+    asked = getattr(option, "numprocesses", None)
+    if asked and getattr(option, "dist", None) == "no" and not getattr(option, "distload", False):
+        option.dist = "loadgroup"
+    return (yield)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return the scheduler for ``--dist loadgroup``; any other choice is left to xdist."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    return _make_scheduler(config, log)
+
+
+def scope_of(nodeid: str) -> str | None:
+    """Return the class of an FSDP item, ``None`` for any other item."""
+    match = re.fullmatch(r"(.+)::test_kit_\w+", nodeid)
+    return match.group(1) if match else None
+
+
+def _make_scheduler(config: pytest.Config, log: Any) -> Any:
+    # xdist is an extra: it is imported only where it is in use
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ModelScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist's classes are untyped here
+        """Groups as usual, FSDP items by class; goes on when a worker has died."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            scope: str = scope_of(nodeid) or super()._split_scope(nodeid)
+            return scope
+
+        def remove_node(self, node: Any) -> str | None:
+            """Take back what a dead worker had not finished; return the item that it died in."""
+            workload = self.assigned_work.pop(node)
+            crashed: str | None = None
+            for scope, unit in workload.items():
+                for nodeid, done in unit.items():
+                    if not done and crashed is None:
+                        crashed = nodeid
+                        # it has its verdict; once more it would take the next worker with it
+                        unit[nodeid] = True
+                if not all(unit.values()):
+                    self.workqueue[scope] = unit
+            for other in self.assigned_work:
+                self._reschedule(other)
+            return crashed
+
+        def _reschedule(self, node: Any) -> None:
+            """Give a worker enough to go on with, or tell it that nothing will come."""
+            # a replacement is asked before it has collected
+            if node.shutting_down or node not in self.registered_collections:
+                return
+            # a worker starts an item only when it knows the next one
+            while self.workqueue and self._pending_of(self.assigned_work[node]) <= 2:
+                self._assign_work_unit(node)
+            if not self.workqueue:
+                node.shutdown()
+
+    return ModelScheduling(config, log)
