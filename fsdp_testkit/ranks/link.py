@@ -15,12 +15,12 @@ from typing import Any
 
 from fsdp_testkit.core.errors import EnvironmentLacksError
 from fsdp_testkit.ranks.server import MESSAGE_LIMIT
+from fsdp_testkit.ranks.spec import ONE_THREAD
 
 #: Seconds for the server to import what it preloads. Long: a cold disk and a loaded machine are no failure.
 START_LIMIT = 180.0
 #: Seconds for the server to end its ranks and itself.
 STOP_LIMIT = 3.0
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _BOOT = """import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from fsdp_testkit.ranks.server import main
@@ -126,11 +126,6 @@ def open_store() -> tuple[Any, int]:
             "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
     return store, port
-
-
-def loopback() -> str:
-    """Return the name of the loopback interface, ``""`` where none is found."""
-    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "")
 
 
 def is_stopped(pid: int) -> bool:

@@ -8,7 +8,6 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 from fsdp_testkit.ranks import machine
 from fsdp_testkit.ranks.job import Job, JobReport, RankReply
-from fsdp_testkit.ranks.link import ONE_THREAD, ServerLink, is_stopped, loopback
+from fsdp_testkit.ranks.link import ServerLink, is_stopped
 from fsdp_testkit.ranks.machine import Phase
 from fsdp_testkit.ranks.rank import REPLY_LIMIT
+from fsdp_testkit.ranks.spec import rank_spec
 from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, tail
 from fsdp_testkit.ranks.verdict import judge
 
@@ -97,53 +97,22 @@ class Run:
             seat.channel.close()
 
     def _start(self, begun: float) -> None:
-        spec = os.memfd_create("job")  # in memory: the environment may hold secrets
+        spec = rank_spec(self.job, self.identity, self.attempt, self.folder, self.logs, self.port, begun)
+        memory = os.memfd_create("job")  # not on disk: the environment may hold secrets
         try:
-            with open(spec, "wb", closefd=False) as file:
-                file.write(json.dumps(self._spec(begun)).encode())
+            with open(memory, "wb", closefd=False) as file:
+                file.write(json.dumps(spec).encode())
             for rank in range(self.job.processes):
                 ours, theirs = socket.socketpair()
                 log = self.logs / f"rank{rank}.log"
                 seat = _Seat(rank, ours, log, self.logs / f"rank{rank}.stack", time.monotonic())
                 self.seats.append(seat)
                 with theirs, log.open("ab") as output:
-                    self.link.start(rank, [theirs.fileno(), spec, output.fileno()])
+                    self.link.start(rank, [theirs.fileno(), memory, output.fileno()])
                 ours.setblocking(False)
                 self.selector.register(ours, selectors.EVENT_READ, seat)
         finally:
-            os.close(spec)
-
-    def _spec(self, begun: float) -> dict[str, Any]:
-        job = self.job
-        env = dict(os.environ)
-        if job.device == "cpu":
-            env |= ONE_THREAD
-        else:
-            env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
-        if self.port and (name := loopback()):
-            env["GLOO_SOCKET_IFNAME"] = name
-        env |= {"WORLD_SIZE": str(job.world_size), "LOCAL_WORLD_SIZE": str(job.processes)}
-        # Normally the harness's deadline comes first, with the stacks of all ranks. In the run that explains
-        # a hang the group has to give up earlier: that is what makes it name the rank that is missing.
-        timeout = job.deadline / 2 if self.attempt else job.deadline + 30.0
-        return {
-            "job": self.identity,
-            "attempt": self.attempt,
-            "target": job.target,
-            "args": job.args,
-            "world_size": job.world_size,
-            "device": job.device,
-            "comm": job.comm,
-            "deadline": begun + job.deadline,
-            "group_timeout": timeout,
-            "store_port": self.port,
-            "env": env | job.env,
-            "job_env": job.env,
-            "path": [str(entry) for entry in sys.path],
-            "cwd": _cwd(),
-            "folder": str(self.folder),
-            "logs": str(self.logs),
-        }
+            os.close(memory)
 
     def _hear_server(self) -> None:
         message = self.link.receive()
@@ -304,13 +273,6 @@ class Run:
             consequence=known.status in ("raised", "died") and is_consequence(error),
             log=seat.log,
         )
-
-
-def _cwd() -> str:
-    try:
-        return str(Path.cwd())
-    except OSError:  # deleted under us
-        return "/"
 
 
 def _signal_name(number: int) -> str:

@@ -3,8 +3,8 @@
 It is single-threaded and never runs a target itself. With ``fork`` it has the heavy modules imported, so that
 a rank is ready in hundredths of a second and shares their memory; with ``spawn`` it imports nothing and starts
 a fresh interpreter for each rank. Why not the forkserver of ``multiprocessing``: that one is a singleton of the
-whole parent process, re-imports the parent's ``__main__`` in every rank, keeps the environment of its first use
-and leaves its processes behind until the parent ends.
+whole parent process, runs the parent's script again in every rank, keeps the environment of its first use and
+leaves its processes behind until the parent ends.
 
 Messages are JSON datagrams on a Unix socket that only the parent and the server hold:
 

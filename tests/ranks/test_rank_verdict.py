@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.ranks import Job, RankReply, pick_comm
+from fsdp_testkit.ranks.spec import rank_spec
 from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, threads
 from fsdp_testkit.ranks.verdict import explain, judge
 
@@ -244,3 +248,23 @@ def test_the_second_run_is_told_without_noise() -> None:
     said = explain([raised(0, text), raised(1, CLOSED)], None)
     assert "OpType=ALLREDUCE, TensorShape=[2]), but Rank 1" in said
     assert "did not hang" in explain([ok(0)], None)
+
+
+def test_what_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def told(attempt: int = 0, **changes: object) -> dict[str, Any]:
+        job = Job(**{"target": "a:b", "world_size": 2, "deadline": 10, **changes})  # type: ignore[arg-type]
+        return json.loads(json.dumps(rank_spec(job, "id", attempt, tmp_path, tmp_path, 29500, 100.0)))
+
+    cpu, cuda = told(), told(device="cuda", comm="nccl", env={"OMP_NUM_THREADS": "3"})
+    assert cpu["env"]["OMP_NUM_THREADS"] == "1"
+    assert cpu["env"]["GLOO_SOCKET_IFNAME"].startswith("lo")
+    assert "CUBLAS_WORKSPACE_CONFIG" not in cpu["env"]
+    assert cuda["env"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert cuda["env"]["OMP_NUM_THREADS"] == "3"
+    assert cpu["deadline"] == 110
+    assert cpu["group_timeout"] > 10, "the deadline comes before the group's own timeout"
+    assert told(attempt=1)["group_timeout"] < 10, "explaining a hang needs the group's own timeout"
+    assert str(tmp_path) in cpu["path"]

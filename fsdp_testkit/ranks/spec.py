@@ -1,0 +1,71 @@
+"""What the parent tells its ranks: the job with the environment, path and folders of the moment, as JSON data."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from fsdp_testkit.ranks.job import Job
+
+#: Ranks share the cores: one thread each. These are read when the libraries are loaded, so the server has them too.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+#: Seconds after the deadline at which the process group would give up. The harness's deadline comes first, with the
+#: stacks of all ranks; a timeout of the group would show one rank's traceback and hide where the others are.
+GROUP_PATIENCE = 30.0
+
+
+def rank_spec(
+    job: Job, identity: str, attempt: int, folder: Path, logs: Path, port: int, begun: float
+) -> dict[str, Any]:
+    """Return what all ranks of one attempt read first.
+
+    Args:
+        job: what is run.
+        identity: of the job; with ``attempt`` the prefix of its keys in the store.
+        attempt: 0, or 1 in the run that explains a hang.
+        folder: the job's folder.
+        logs: folder of its logs and stacks.
+        port: of the store, 0 for none.
+        begun: when the job began, on the clock of ``time.monotonic``.
+    """
+    env = dict(os.environ)
+    if job.device == "cpu":
+        env |= ONE_THREAD
+    else:
+        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
+    if port and (name := _loopback()):
+        env["GLOO_SOCKET_IFNAME"] = name
+    env |= {"WORLD_SIZE": str(job.world_size), "LOCAL_WORLD_SIZE": str(job.processes)}
+    return {
+        "job": identity,
+        "attempt": attempt,
+        "target": job.target,
+        "args": job.args,
+        "world_size": job.world_size,
+        "device": job.device,
+        "comm": job.comm,
+        "deadline": begun + job.deadline,
+        # To explain a hang the group has to give up in time: that makes it name the rank that is missing.
+        "group_timeout": job.deadline / 2 if attempt else job.deadline + GROUP_PATIENCE,
+        "store_port": port,
+        "env": env | job.env,
+        "job_env": job.env,
+        "path": [str(entry) for entry in sys.path],
+        "cwd": _cwd(),
+        "folder": str(folder),
+        "logs": str(logs),
+    }
+
+
+def _loopback() -> str:
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "")
+
+
+def _cwd() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError:  # deleted under us
+        return "/"
