@@ -213,31 +213,35 @@ class _Grouping:
                 self.join(first, module if owner is None else owner)
 
     def split_dtypes(self, root: ModuleOptions) -> None:
+        """Make units of modules whose parameters have another dtype than the unit they would be part of."""
         sizes: dict[str | None, Counter[torch.dtype]] = defaultdict(Counter)
-        direct: dict[str, set[torch.dtype]] = defaultdict(set)
+        direct: dict[str, torch.dtype] = {}
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue  # only gradients are reduced as one buffer
             module = self.holder(name)
-            direct[module].add(parameter.dtype)
-            owner = self.owner(module)
-            sizes[None if owner is None else self.group[owner]][parameter.dtype] += parameter.numel()
-        # decided before any module is added, since adding changes who owns what
-        odd: list[tuple[str, str | None]] = []
-        for module, dtypes in direct.items():
-            owner = self.owner(module)
-            common = sizes[None if owner is None else self.group[owner]].most_common()
-            if len(common) < 2 or dtypes == {common[0][0]}:
+            if direct.setdefault(module, parameter.dtype) != parameter.dtype:
+                dtypes = sorted(map(str, {direct[module], parameter.dtype}))
+                raise PlanError(f"module {module!r} holds parameters of several dtypes: {dtypes}")
+            sizes[self.unit_of(module)][parameter.dtype] += parameter.numel()
+        dtype = {unit: counter.most_common()[0][0] for unit, counter in sizes.items()}
+        for module in (name for name, _ in self.model.named_modules() if name in direct):  # parents first
+            unit = self.unit_of(module)
+            if dtype.get(unit) == direct[module]:
                 continue
-            if len(dtypes) > 1:
-                raise PlanError(f"module {module!r} holds parameters of several dtypes: {sorted(map(str, dtypes))}")
-            odd.append((module, owner))
-        for module, owner in odd:
-            if module in self.group:
+            if module and module not in self.group:
+                options = root if unit is None else self.options[unit]
+                # gathered by a forward of its own; a cast is not what keeping a dtype asks for
+                self.add(module, replace(options, reshard_after_forward=None, mixed_precision=None))
+            elif sum(other == unit for other in self.group.values()) > 1:
                 raise PlanError(f"module {module!r} has another dtype than the modules that share its parameters")
-            options = root if owner is None else self.options[owner]
-            # a forward of its own is what gathers a unit, and freeing it early costs little
-            self.add(module, replace(options, reshard_after_forward=None, mixed_precision=None))
+            # the unit's own module decides: what lies inside with another dtype leaves it
+            dtype[self.unit_of(module)] = direct[module]
+
+    def unit_of(self, module: str) -> str | None:
+        """Return the name of the group that manages what ``module`` directly holds; ``None`` is the root."""
+        owner = self.owner(module)
+        return None if owner is None else self.group[owner]
 
     def units(self) -> list[Unit]:
         members: dict[str, list[str]] = defaultdict(list)

@@ -74,6 +74,30 @@ def parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     return list(model.get_submodule(name).parameters())
 
 
+def test_dtype_of_a_unit_is_that_of_its_own_module() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+            self.inner = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2).float())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block(), Block()])
+    for block in model.layers:
+        block.inner[0].bfloat16()
+    units = [unit.modules for unit in resolve(Plan(), model)]
+    assert units == [
+        ("layers.0.inner.0",),
+        ("layers.1.inner.0",),
+        ("layers.0",),
+        ("layers.1",),
+        ("",),
+    ]
+
+
 def test_final_norm_of_another_dtype_leaves_the_head() -> None:
     model = small.build("llama").to(torch.bfloat16)
     model.model.norm.float()
