@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import copy
 import tempfile
 import time
 import traceback
@@ -57,7 +57,6 @@ class Settings:
         seed: of weights, batches and dropout.
         deadline: seconds for one job.
         fault: ``module:Class`` armed in every job of the backend, or ``""``.
-        folder: where work files go; a temporary folder by default.
     """
 
     backend: str = "reference"
@@ -66,7 +65,6 @@ class Settings:
     seed: int = 0
     deadline: float = 60.0
     fault: str = ""
-    folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -88,7 +86,6 @@ class Engine:
         self._harness: Harness | None = None
         self._folder: Path | None = None
         self._works: dict[ModelSpec, SpecWork] = {}
-        self._count = 0
 
     def run_test(self, spec: ModelSpec, test: str, variant: str) -> list[Result]:
         """Run one test of one model in one variant.
@@ -150,15 +147,23 @@ class Engine:
         same = [row for row in rows if row.layout == str(case.layout)]
         return same or rows
 
+    def armed(self, fault: str) -> Engine:
+        """Return an engine with ``fault`` armed that shares this one's ranks' server, truth and checkpoints.
+
+        Close this engine only, and use one of the two at a time.
+        """
+        self._start()
+        other = copy.copy(self)
+        other.settings = replace(self.settings, fault=fault)
+        return other
+
     def close(self) -> None:
         """End the ranks' server and delete all work files."""
         self._forget()
         if self._harness is not None:
             self._harness.close()
             self._harness = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._folder = None
 
     def case(self, work: SpecWork, test: str, layout: Layout, **fields: object) -> Case:
         """Return a case of the backend under test with this engine's settings."""
@@ -193,17 +198,22 @@ class Engine:
             return self._works[spec]
         if any(same_model(known) != same_model(spec) for known in self._works):
             self._forget()
-        if self._harness is None:
-            check_supported()
-            self._folder = Path(tempfile.mkdtemp(prefix="fsdp_testkit-", dir=self.settings.folder))
-            self._harness = Harness(self._folder / "jobs", start_method=self.settings.start_method, preload=PRELOAD)
+        self._start()
         assert self._folder is not None
-        self._count += 1
-        folder = self._folder / f"model{self._count}"
+        assert self._harness is not None
+        folder = Path(tempfile.mkdtemp(prefix=f"{spec.model_type}-{spec.variant}-", dir=self._folder))
         self._works[spec] = SpecWork(
             self._harness, spec, seed=self.settings.seed, folder=folder, deadline=self.settings.deadline
         )
         return self._works[spec]
+
+    def _start(self) -> None:
+        if self._harness is None:
+            check_supported()
+            # the harness's own folder goes also where this process is killed
+            self._harness = Harness(start_method=self.settings.start_method, preload=PRELOAD)
+            self._folder = self._harness.folder / "models"
+            self._folder.mkdir()
 
     def _hits(self) -> int:
         return sum(work.fault_hits for work in self._works.values())

@@ -89,9 +89,7 @@ class Entry:
         """Return what to do with the entry now that ``row`` passes."""
         cell = f"{row.model_type} / {row.test} / {row.variant} / {row.layout} / {row.backend}"
         steps = []
-        for name, value in zip(
-            _LISTS, (row.model_type, row.test, row.variant, row.layout, row.backend), strict=True
-        ):
+        for name, value in zip(_LISTS, (row.model_type, row.test, row.variant, row.layout, row.backend), strict=True):
             patterns: tuple[str, ...] = getattr(self, name)
             if value in patterns and len(patterns) > 1:
                 steps.append(f"take {value!r} out of {name}")
@@ -138,9 +136,7 @@ class Ledger:
         if result.outcome in ("failed", "error"):
             for entry in claiming:
                 if entry.explains(result):
-                    return replace(
-                        result, outcome="xfailed", cause=entry.id, reason=f"{entry.id}: {entry.cause}"
-                    )
+                    return replace(result, outcome="xfailed", cause=entry.id, reason=f"{entry.id}: {entry.cause}")
         if result.outcome == "passed" and claiming:
             entry = claiming[0]
             return replace(result, outcome="xpassed", cause=entry.id, reason=entry.shorten(result))
