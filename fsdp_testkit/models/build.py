@@ -122,8 +122,7 @@ def perturb(model: nn.Module, seed: int) -> None:
     The noise of a tensor depends on ``seed`` and its name only, not on the order of the modules.
     """
     persistent = set(model.state_dict(keep_vars=True))
-    getter = getattr(model, "get_input_embeddings", None)
-    embedding = getattr(getter() if getter is not None else None, "weight", None)
+    embedding = getattr(_embedding(model, "input"), "weight", None)
     tensors = list(model.named_parameters())
     tensors += [(name, item) for name, item in model.named_buffers() if name in persistent]
     for name, item in tensors:
@@ -154,12 +153,12 @@ def effective_tie(model: nn.Module) -> bool:
 
     Other shared parameters (blocks that are used twice) do not count; see `tied_groups` for those.
     """
-    heads = [module for module in (_output_embedding(model),) if module is not None]
-    weights = {id(module.weight) for module in heads if getattr(module, "weight", None) is not None}
-    if weights:
-        inside = {id(module) for module in heads}
+    head = _embedding(model, "output")
+    weight = getattr(head, "weight", None)
+    if weight is not None:
+        inside = {id(module) for module in head.modules()}
         return any(
-            id(item) in weights
+            item is weight
             for module in model.modules()
             if id(module) not in inside
             for item in module.parameters(recurse=False)
@@ -234,9 +233,13 @@ def _convert(model: nn.Module, skeleton: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, leaf, buffer.to(torch.float32 if kept(name) else fresh.dtype))
 
 
-def _output_embedding(model: nn.Module) -> Any:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
+def _embedding(model: nn.Module, side: str) -> Any:
+    """Return the ``input`` or ``output`` embedding module, ``None`` where the model does not tell."""
+    getter = getattr(model, f"get_{side}_embeddings", None)
+    try:
+        return getter() if getter is not None else None
+    except NotImplementedError:  # somebody's own model
+        return None
 
 
 def _custom_config(spec: ModelSpec) -> Any:

@@ -10,7 +10,7 @@ import re
 #: Parameters whose ``grad`` stays ``None`` in every model type, where they require one at all.
 _EVERYWHERE = (
     # decoders of encoder-decoders get no encoder states
-    r"\b(encoder_attn|encoder_attn_layer_norm|cross_attn|crossattention)\b",
+    r"\b(encoder_attn|cross_attn)(_layer_norm)?\b|\bcrossattention\b",
     # towers see no pixels and no sound
     r"(^|\.)(vision|audio|image)_|multi_modal_projector|embed_(vision|audio)",
     # indexers pick keys by top-k, which has no derivative; training them takes a loss of its own
@@ -42,6 +42,20 @@ _ZERO: dict[str, str] = {
     # without jitter the sparse mixer masks all but the best expert, so the routing weight is the constant 1
     "phimoe": r"\.router\.",
 }
+
+#: Model type -> dtypes that its own forward fails in on a CPU, and how. float32 works for all.
+UNSUPPORTED_DTYPES: dict[str, dict[str, str]] = {
+    "inkling2_text": {"float64": "adds float32 and float64 matrices"},
+    "reformer": {"bfloat16": "mixes float32 and bfloat16 in a norm"},
+    "xglm": {"float64": "fills a mask with a number that only float64 can hold"},
+    "xlnet": {"bfloat16": "multiplies with float32 positions", "float64": "multiplies with float32 positions"},
+    "xlstm": {"bfloat16": "multiplies float32 with bfloat16"},
+}
+
+
+def runs_in(model_type: str, dtype: str) -> bool:
+    """Return whether the model's forward runs in ``dtype`` (``float32``, ``float64``, ``bfloat16``) on a CPU."""
+    return dtype not in UNSUPPORTED_DTYPES.get(model_type, {})
 
 
 def expects_no_gradient(model_type: str, name: str) -> bool:

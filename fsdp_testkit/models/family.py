@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import nn
-
-_RECURRENT = re.compile(
-    r"mamba|ssm|recurrent|rwkv|lstm|linear_attn|linearattention|gateddelta|shortconv|conv$|kda|lightning"
-)
 _TOWER = re.compile(r"vision|audio|image|speech|vq")
+_EXPERTS = re.compile(r"experts|\w*routed_experts|\w*moe\w*")
+#: Parameters that only recurrent and convolutional mixers have.
+_RECURRENT = re.compile(r"A_log|dt_bias|conv1d|rg_lru|\.conv\.|time_decay|mlstm")
+#: Classes whose name ends in "attention" although they are recurrences.
+_NO_ATTENTION = re.compile(r"rwkv|linearattention|lightningattention|deltaattention")
 
 
 def family(model: Any) -> str:
     """Return ``dense``, ``moe``, ``hybrid``, ``decoder``, ``multimodal`` or ``other``: the first that fits.
-
 
     * ``multimodal``: has a vision or audio tower;
     * ``moe``: has experts;
@@ -28,19 +27,14 @@ def family(model: Any) -> str:
     kinds = {type(module).__name__.lower() for _, module in modules}
     if any(_TOWER.search(leaf) for leaf in leaves):
         return "multimodal"
-    if any(re.fullmatch(r"experts|\w*routed_experts|\w*moe\w*", leaf) for leaf in leaves):
+    if any(_EXPERTS.fullmatch(leaf) for leaf in leaves):
         return "moe"
-    attention = any(re.search(r"attention|attn", kind) and not _RECURRENT.search(kind) for kind in kinds)
-    if not attention:
+    if not any(kind.endswith("attention") and not _NO_ATTENTION.search(kind) for kind in kinds):
         return "other"
-    if any(_RECURRENT.search(kind) for kind in kinds if not kind.startswith("conv1d")):
+    if any(_RECURRENT.search(name) for name, _ in model.named_parameters()):
         return "hybrid"
     config = getattr(model, "config", None)
-    if hasattr(config, "add_cross_attention") or hasattr(config, "decoder_layers"):
+    bert_like = hasattr(config, "is_decoder") and hasattr(config, "add_cross_attention")
+    if bert_like or hasattr(config, "decoder_layers") or hasattr(config, "num_decoder_layers"):
         return "decoder"
     return "dense"
-
-
-def has_experts(model: nn.Module) -> bool:
-    """Return whether any module holds experts."""
-    return any(name.rsplit(".", 1)[-1] == "experts" for name, _ in model.named_modules())

@@ -61,7 +61,12 @@ def _build(kind: Any, initial: dict[str, Any], override: dict[str, Any], *, tie:
             kwargs[name] = None if part is None else _build(sub_kind, sub_initial, part, tie=sub_tie, dropout=dropout)
     kwargs.update({name: value for name, value in override.items() if name not in specs})
     if tie is not None and "tie_word_embeddings" in defaults:
-        kwargs["tie_word_embeddings"] = tie
+        try:
+            return kind(**kwargs | {"tie_word_embeddings": tie})
+        except Exception as error:
+            # a class that refuses the flag is as one that ignores it: what the model does is measured
+            if "tie_word_embeddings" not in str(error):
+                raise
     return kind(**kwargs)
 
 

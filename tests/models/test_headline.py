@@ -38,6 +38,7 @@ def batch_of(model: Any, rank: int = 0, step: int = 0, **values: Any) -> Any:
 
 def run(model: nn.Module, rank: int = 0, step: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
     model.zero_grad()
+    torch.manual_seed(rank)  # phimoe draws lots between experts whose scores are equal, which bf16 makes them
     loss = model(**batch_of(model, rank, step).inputs).loss
     loss.backward()
     return loss.detach(), {name: item.grad for name, item in model.named_parameters()}
