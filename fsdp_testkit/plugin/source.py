@@ -96,7 +96,7 @@ def _config_attribute(test: Any, owner: str) -> Any:
 
 
 def _from_config(owner: str, name: str, config: Any, model_class: str, model_type: str | None) -> ModelSpec:
-    if not hasattr(config, "to_diff_dict") or not hasattr(config, "model_type"):
+    if not hasattr(config, "to_dict") or not hasattr(config, "model_type"):
         raise UsageError(
             f"{owner}.{name}={_short(config)} must be a transformers config such as LlamaConfig(...), "
             "a function without arguments that returns one, or the path of a config.json"
@@ -151,12 +151,20 @@ def _without_dropout(tester: Any) -> Iterator[None]:
 def _config_json(owner: str, name: str, config: Any) -> str:
     """Return the config as JSON: only what differs from its class's defaults, where that rebuilds it exactly."""
     full = config.to_dict()
+    chosen = full
     try:
-        small = config.to_diff_dict()
-        rebuilt = type(config).from_dict(copy.deepcopy(small)).to_dict()
+        defaults = type(config)().to_dict()
+        absent = object()
+        small = {
+            name: value
+            for name, value in full.items()
+            # what the engine adjusts has to be there
+            if "drop" in name or isinstance(value, dict) or defaults.get(name, absent) != value
+        }
         # a short config makes a replay command that fits on a screen
-        chosen = small if rebuilt == full else full
-    except Exception:  # some configs cannot be rebuilt from a part of themselves
+        if type(config).from_dict(copy.deepcopy(small)).to_dict() == full:
+            chosen = small
+    except Exception:  # some configs cannot be built from a part of themselves, or without arguments
         chosen = full
     try:
         return json.dumps(chosen, sort_keys=True, separators=(",", ":"))
@@ -165,11 +173,11 @@ def _config_json(owner: str, name: str, config: Any) -> str:
 
 
 def _read_config(owner: str, path: str | Path) -> Any:
-    from transformers import AutoConfig
-
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"{owner}.config={str(path)!r} must be an existing config.json")
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(str(file))
     except Exception as error:

@@ -112,7 +112,7 @@ def _table(rows: Sequence[Result], order: Sequence[str], verbose: bool) -> list[
         lines.append(line)
     if folded := len(models) - len(shown):
         lines.append([Segment(f"... and {folded} more models without a failure (-v shows them)")])
-    outcomes = [name for name in SIGNS if any(row.outcome == name for row in rows)]
+    outcomes = [name for name in SIGNS if name in cells.values()]
     legend = "  ".join(f"{SIGNS[name][0]} {name.replace('_', ' ')}" for name in reversed(outcomes))
     return [*lines, [], [Segment(legend)]]
 

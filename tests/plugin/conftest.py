@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np  # noqa: F401 - pytester forgets modules that a run imported, and numpy cannot be imported twice
 import pytest
 from plugin_project import Project
 

@@ -63,7 +63,7 @@ def test_failure_text(matrix: Project) -> None:
     assert "mixin.py" not in result.stdout.str()
 
 
-@pytest.mark.parametrize("arguments", [(), ("-n2",), ("-n2", "--dist=load"), ("-n2", "--dist=loadscope")])
+@pytest.mark.parametrize("arguments", [(), ("-n2",), ("-n2", "--dist=load")])
 def test_every_outcome_has_its_row(matrix: Project, arguments: tuple[str, ...]) -> None:
     matrix.outcomes(
         llama__dcp="failed",
@@ -122,7 +122,7 @@ def test_a_chosen_distribution_is_kept(matrix: Project) -> None:
     result.stdout.fnmatch_lines(["scheduling tests via LoadScheduling"])
 
 
-@pytest.mark.parametrize("method", ["sharding_structure", "dcp", "meta_init"])
+@pytest.mark.parametrize("method", ["sharding_structure", "dcp"])
 def test_rows_of_finished_items_survive_a_dead_worker(matrix: Project, method: str) -> None:
     matrix.outcomes(**{f"llama__{method}": "die"})
     result = matrix.run("--fsdp-models", "llama,gpt2", "-n2", "--fsdp-report=report.json", subprocess=True)
