@@ -176,10 +176,10 @@ def warm_modules(model_types: tuple[str, ...] | list[str]) -> list[str]:
     """Return the modeling modules of the types, to import ahead of time; unknown types are left out."""
     known = [name for name in model_types if name in causal_lm_types()]
     names = [adapter.config_class(name).__module__ for name in known]
-    return list(dict.fromkeys(re_module(name) for name in names))
+    return list(dict.fromkeys(modeling_module(name) for name in names))
 
 
-def re_module(configuration: str) -> str:
+def modeling_module(configuration: str) -> str:
     """Return the modeling module beside a configuration module."""
     head, _, tail = configuration.rpartition(".")
     return f"{head}.{tail.replace('configuration_', 'modeling_', 1)}"

@@ -52,6 +52,9 @@ UNSUPPORTED_DTYPES: dict[str, dict[str, str]] = {
     "xlstm": {"bfloat16": "multiplies float32 with bfloat16"},
 }
 
+#: Dropout that is drawn from a fresh random seed in each forward: a run with dropout cannot be repeated.
+UNREPEATABLE_DROPOUT: dict[str, str] = {"reformer": "its reversible layers seed themselves with torch.seed()"}
+
 
 def runs_in(model_type: str, dtype: str) -> bool:
     """Return whether the model's forward runs in ``dtype`` (``float32``, ``float64``, ``bfloat16``) on a CPU."""

@@ -95,6 +95,9 @@ OVERRIDES: dict[str, Override] = {
         "the default has no attention layer; layer kinds are a property of attn_layer_indices",
         {"attn_layer_indices": [1], "num_hidden_layers": 2},
     ),
+    "big_bird": Override(
+        "short sequences make it change its attention to this in the first forward", {"attention_type": "original_full"}
+    ),
     "cohere_compass_text": Override(
         "the default rope_parameters are empty although the model needs them for each kind of layer",
         {
@@ -114,6 +117,7 @@ OVERRIDES: dict[str, Override] = {
         "a compression of 128 tokens to one would leave nothing of a short batch",
         {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     ),
+    "diffllama": Override("its model refuses dropout in attention", {"attention_dropout": 0.0}),
     "dots1": Override("expert groups have no default", {"n_group": 1, "topk_group": 1}),
     "dots3_note": Override(
         "as dots3_note_text; the number of vision experts differs between layers",

@@ -14,7 +14,12 @@ from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.models.batches import make_batch
 from fsdp_testkit.models.build import build_model, effective_tie, meta_model, tied_groups
 from fsdp_testkit.models.catalogue import IMPOSSIBLE, causal_lm_classes, causal_lm_types
-from fsdp_testkit.models.expectations import expects_no_gradient, expects_zero_gradient, runs_in
+from fsdp_testkit.models.expectations import (
+    UNREPEATABLE_DROPOUT,
+    expects_no_gradient,
+    expects_zero_gradient,
+    runs_in,
+)
 from fsdp_testkit.models.family import family
 from fsdp_testkit.models.kinds import missing_layer_kinds
 from fsdp_testkit.models.overrides import OVERRIDES
@@ -36,10 +41,23 @@ NO_DEFAULT = {
     "reformer",
 }
 #: ``tie_word_embeddings=True`` does nothing, or is refused (dbrx).
-IGNORES_TIE = set(
-    "bailing_hybrid bigbird_pegasus cpmant dbrx inkling2_text inkling_text kimi_linear mllama moshi musicgen "
-    "musicgen_melody nemotron_h reformer rembert xlstm".split()
-)
+IGNORES_TIE = {
+    "bailing_hybrid",
+    "bigbird_pegasus",
+    "cpmant",
+    "dbrx",
+    "inkling2_text",
+    "inkling_text",
+    "kimi_linear",
+    "mllama",
+    "moshi",
+    "musicgen",
+    "musicgen_melody",
+    "nemotron_h",
+    "reformer",
+    "rembert",
+    "xlstm",
+}
 #: Sub-configs whose model type is no causal LM of its own; they have batches of their own kind.
 PARTS = {"musicgen_decoder", "musicgen_melody_decoder"}
 
@@ -139,6 +157,17 @@ def test_the_tie_is_obeyed_or_ignored_as_known(name: str) -> None:
     tied, untied = (effective_tie(meta_model(ModelSpec(model_type=name, tie=tie))) for tie in (True, False))
     assert not untied
     assert tied != (name in IGNORES_TIE)
+
+
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_dropout_is_repeatable(name: str) -> None:
+    model: Any = build_model(ModelSpec(model_type=name, dropout=0.1), seed=0)
+    batch = make_batch(model.config, type(model), rank=0, step=0, micro=0, seed=0)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        losses.append(model(**batch.inputs).loss.detach())
+    assert torch.equal(*losses) != (name in UNREPEATABLE_DROPOUT)
 
 
 #: Their fused weights have slices that no token ever uses: experts that pass their input through.
