@@ -1,0 +1,57 @@
+# The two commands: `make matrix` and `make test`. Both create .venv and install on first use.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Another torch build, for example CPU wheels from PyTorch's own index:
+#   make matrix TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+CONSTRAINTS ?= requirements/cpu.txt
+EXTRAS ?= accelerate,dev
+WORKERS ?= 4
+TEST_WORKERS ?= 2
+BACKEND ?= reference
+REPORT ?= reports/matrix.json
+PYTEST_ARGS ?=
+
+.PHONY: help install matrix matrix-all test lint format clean
+
+help:
+	@echo "make matrix      twenty headline models through all core tests (BACKEND=transformers for transformers' own)"
+	@echo "make matrix-all  every model type of the catalogue"
+	@echo "make test        the kit's own tests"
+	@echo "make lint        ruff and mypy --strict"
+	@echo "make clean       remove .venv, caches and reports"
+
+install: $(VENV)/.installed
+
+# torch first and alone: a later resolution must not swap the chosen build for another
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) $(TORCH_ARGS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	touch $@
+
+matrix: install
+	mkdir -p $(dir $(REPORT))
+	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models headline --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(PYTEST_ARGS)
+
+matrix-all: install
+	mkdir -p $(dir $(REPORT))
+	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models all --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(PYTEST_ARGS)
+
+test: install
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) tests $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache reports build *.egg-info
