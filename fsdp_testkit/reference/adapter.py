@@ -45,6 +45,7 @@ __all__ = [
     "tied_patterns",
     "tree_flatten",
     "tree_map_only",
+    "written_arguments",
 ]
 
 
@@ -175,6 +176,17 @@ def tied_patterns(model: nn.Module) -> list[str]:
         declared = getattr(module, "_tied_weights_keys", None) or {}
         patterns += [f"{name}.{key}" if name else key for key in declared]
     return patterns
+
+
+def written_arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that an operator changes in place; some (foreach) do not return them."""
+    arguments = function._schema.arguments
+    named = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    return [
+        named[argument.name]
+        for argument in arguments
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in named
+    ]
 
 
 def seen_versions() -> dict[str, str]:

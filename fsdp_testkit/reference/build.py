@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fsdp_testkit.reference.adapter import TorchDispatchMode, tree_flatten, tree_map_only
+from fsdp_testkit.reference.adapter import (
+    TorchDispatchMode,
+    tree_flatten,
+    tree_map_only,
+    written_arguments,
+)
 
 META = torch.device("meta")
 LITERALS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
@@ -28,6 +33,7 @@ class _Call:
     kwargs: dict[str, Any]
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
+    written: list[torch.Tensor]
 
 
 class Recorder:
@@ -46,9 +52,10 @@ class Recorder:
         """Add one call to the record. Tensors are held, so that their storages' identities stay theirs."""
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        written = [*outputs, *tree_flatten(written_arguments(function, args, kwargs))[0]]
         # a real tensor may be written later in the constructor; what counts is its value now
         args, kwargs = tree_map_only(torch.Tensor, _freeze, (args, kwargs))
-        self._calls.append(_Call(function, args, kwargs, inputs, outputs))
+        self._calls.append(_Call(function, args, kwargs, inputs, outputs, written))
 
     def compute(self, tensor: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the value that ``tensor`` (on meta) would have, by running its history on the CPU.
@@ -65,7 +72,7 @@ class Recorder:
         history: list[_Call] = []
         for call in reversed(self._calls):
             # an operation matters when it made, or wrote into, a storage that matters
-            if not needed.isdisjoint(_storage(output) for output in call.outputs if output.is_meta):
+            if not needed.isdisjoint(_storage(output) for output in call.written if output.is_meta):
                 history.append(call)
                 needed.update(_storage(tensor) for tensor in call.inputs if tensor.is_meta)
         real: dict[int, torch.Tensor] = {}

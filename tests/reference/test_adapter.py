@@ -106,6 +106,8 @@ def test_recorder_replays_what_a_constructor_did() -> None:
         view = base[1:, ::2]
         view.mul_(2)
         literal = torch.tensor([1.5, 2.5])
+        several = [torch.zeros(2), torch.zeros(3)]
+        torch._foreach_add_(several, 1.0)  # returns nothing
         filled = torch.empty(3).fill_(literal.sum().item())
         moved = (base + 1).to("cpu") * 2
         rows = torch.linspace(0, 1, 5, device="cpu")
@@ -116,6 +118,7 @@ def test_recorder_replays_what_a_constructor_did() -> None:
             "transposed": base.t(),
             "literal": literal,
             "filled": filled,
+            "several": several[1],
             "moved": moved,
             "rows": rows,
             "picked": torch.tensor(picked),
