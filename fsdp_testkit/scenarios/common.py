@@ -17,7 +17,7 @@ from fsdp_testkit.backends.base import Backend, MicroBatch, OptimizerConfig
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.models.batches import make_batch
-from fsdp_testkit.models.build import resolve
+from fsdp_testkit.models.build import meta_model, prepare_dtype, resolve
 from fsdp_testkit.models.tree import frozen_subset, manual_plan, module_tree
 
 OPTIMIZER = OptimizerConfig()
@@ -65,15 +65,6 @@ def resolve_plan(case: Case, tree: dict[str, Any]) -> Any:
     return case.plan
 
 
-def meta_tree(model_class: Any, config: Any) -> dict[str, Any]:
-    """Return the module tree of the case's model, built on the meta device."""
-    with torch.device("meta"):
-        model = model_class(config)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-    return module_tree(model)
-
-
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fill memory that ``torch.empty`` and its kin hand out with NaN, so that nothing is right by luck.
@@ -93,11 +84,13 @@ def poisoned_memory() -> Iterator[None]:
 class Loaded:
     """A model that a backend has loaded, with what the kit knows about it."""
 
-    def __init__(self, case: Case, backend: Backend, checkpoint: Path, *, with_tree: bool = True) -> None:
+    def __init__(self, case: Case, backend: Backend, checkpoint: Path) -> None:
         self.case = case
         self.backend = backend
         self.config, self.model_class = resolve(case.model)
-        self.tree = meta_tree(self.model_class, self.config) if with_tree else {}
+        # the tree is read from a model of the kit's own; most cases ask for nothing by name
+        named = case.freeze or case.plan == "manual"
+        self.tree = module_tree(meta_model(case.model)) if named else {}
         self.plan = resolve_plan(case, self.tree)
         with poisoned_memory():
             self.model: nn.Module = backend.load(
@@ -107,6 +100,8 @@ class Loaded:
                 plan=self.plan,
                 dtype=torch_dtype(case.dtype),
             )
+        # the same kernels as truth takes: some have no fp64 version
+        prepare_dtype(inner_model(self.model), torch_dtype(case.dtype))
         self.model.train()
         if case.freeze:
             freeze(self.model, frozen_subset(self.tree))
@@ -118,10 +113,14 @@ class Loaded:
 
 def freeze(model: nn.Module, names: list[str]) -> None:
     """Stop training the named parameters of a plain, sharded or DDP-wrapped model."""
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    parameters = dict(inner.named_parameters())
+    parameters = dict(inner_model(model).named_parameters())
     for name in names:
         parameters[name].requires_grad_(False)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the model inside a DDP wrapper."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:

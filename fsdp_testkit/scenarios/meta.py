@@ -40,7 +40,6 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
                 dtype=torch_dtype(parsed.dtype),
             )
     parameters = dict(loaded.model.named_parameters())
-    evidence.facts["tree"] = loaded.tree
     evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
     evidence.facts["load"] = {
         "allocated": counter.total,

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fsdp_testkit.core.evidence import Evidence, TensorData
+from fsdp_testkit.scenarios.common import inner_model
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -31,15 +32,10 @@ def tensor_data(tensor: torch.Tensor) -> TensorData:
     return TensorData(dtype_name(plain.dtype), tuple(plain.shape), data)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside a DDP wrapper."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 def canonical_names(model: nn.Module) -> dict[int, str]:
     """Map ``id(parameter)`` to its first FQN."""
     names: dict[int, str] = {}
-    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+    for name, parameter in inner_model(model).named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
     return names
 
@@ -73,7 +69,7 @@ def observe_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Describe every distinct parameter, with the other FQNs of the same object as aliases."""
     names: dict[int, str] = {}
     result: dict[str, dict[str, Any]] = {}
-    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+    for name, parameter in inner_model(model).named_parameters(remove_duplicate=False):
         if id(parameter) in names:
             result[names[id(parameter)]]["aliases"].append(name)
             continue
@@ -84,7 +80,7 @@ def observe_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def observe_buffers(model: nn.Module, evidence: Evidence, prefix: str = "buffer/") -> None:
     """Record values and facts of all buffers, persistent or not, under every name."""
-    plain = unwrap(model)
+    plain = inner_model(model)
     persistent = plain.state_dict(keep_vars=True).keys()
     facts: dict[str, Any] = {}
     for name, buffer in plain.named_buffers(remove_duplicate=False):
@@ -128,7 +124,7 @@ def plain_parameters(model: nn.Module) -> list[str]:
     """Return FQNs of parameters that are no DTensor right now."""
     return [
         name
-        for name, parameter in unwrap(model).named_parameters(remove_duplicate=False)
+        for name, parameter in inner_model(model).named_parameters(remove_duplicate=False)
         if not isinstance(parameter, DTensor)
     ]
 
@@ -176,12 +172,12 @@ def digests(model: nn.Module) -> dict[str, str]:
     """Return a short digest of this rank's part of every parameter: equal digests mean equal bits."""
     return {
         name: hashlib.blake2b(tensor_data(parameter).data, digest_size=8).hexdigest()
-        for name, parameter in unwrap(model).named_parameters()
+        for name, parameter in inner_model(model).named_parameters()
     }
 
 
 def named_gradients(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (FQN, gradient) of the parameters that have one."""
-    for name, parameter in unwrap(model).named_parameters():
+    for name, parameter in inner_model(model).named_parameters():
         if parameter.grad is not None:
             yield name, parameter.grad

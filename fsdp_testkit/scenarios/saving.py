@@ -14,7 +14,7 @@ from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.models.build import build_model, resolve
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import Loaded, reply, torch_dtype
+from fsdp_testkit.scenarios.common import Loaded, inner_model, reply, torch_dtype
 from fsdp_testkit.scenarios.train import train
 
 
@@ -28,7 +28,7 @@ def save(context: Any, *, case: str, checkpoint: str, folder: str) -> dict[str, 
     with armed(parsed, context) as backend:
         loaded = Loaded(parsed, backend, Path(checkpoint))
         evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-        observe.observe_tensors(observe.unwrap(loaded.model).named_parameters(), evidence, "initial/")
+        observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
         train(loaded, context.rank, evidence, range(parsed.steps))
         observe.observe_buffers(loaded.model, evidence)
         backend.save(loaded.model, Path(folder), layout=parsed.option("format", "safetensors"))
@@ -53,7 +53,7 @@ def observe_reload(case: Case, backend: Any, folder: Path, rank: int) -> Evidenc
     evidence = Evidence(rank=rank)
     loaded = Loaded(case, backend, folder)
     evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-    observe.observe_tensors(observe.unwrap(loaded.model).named_parameters(), evidence, "weight/")
+    observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "weight/")
     observe.observe_buffers(loaded.model, evidence)
     return evidence
 

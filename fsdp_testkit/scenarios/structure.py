@@ -34,7 +34,6 @@ def claim(context: Any, case: Case, rank: int, checkpoint: Path) -> Evidence:
         plain = replace(case, layout=replace(case.layout, comm="gloo"))
         with armed(plain, context) as backend:
             loaded = Loaded(plain, backend, checkpoint)
-            evidence.facts["tree"] = loaded.tree
             evidence.facts["plan"] = loaded.plan
             evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
             evidence.facts["buffers"] = {

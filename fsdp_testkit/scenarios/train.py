@@ -17,7 +17,7 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import OPTIMIZER, Loaded, make_scheduler, reply, seed_everything
+from fsdp_testkit.scenarios.common import OPTIMIZER, Loaded, inner_model, make_scheduler, reply, seed_everything
 
 
 def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
@@ -40,11 +40,10 @@ def observe_loaded(loaded: Loaded, rank: int, evidence: Evidence) -> None:
     """Record structure, buffers and weights right after loading."""
     model = loaded.model
     evidence.facts["parameters"] = observe.observe_parameters(model)
-    evidence.facts["tree"] = loaded.tree
     evidence.facts["plan"] = loaded.plan
     evidence.facts["training_mode"] = model.training
     observe.observe_buffers(model, evidence)
-    observe.observe_tensors(observe.unwrap(model).named_parameters(), evidence, "initial/")
+    observe.observe_tensors(inner_model(model).named_parameters(), evidence, "initial/")
     if loaded.case.layout.kind in ("fsdp", "hsdp"):
         evidence.facts["kept"] = plain_after_forward(loaded, rank)
         evidence.facts["units"] = observe.observe_units(model)
@@ -114,7 +113,7 @@ def train(
         if after_step is not None:
             after_step(step, optimizer, scheduler)
     handle.remove()
-    observe.observe_tensors(observe.unwrap(model).named_parameters(), evidence, "final/")
+    observe.observe_tensors(inner_model(model).named_parameters(), evidence, "final/")
     observe.observe_optimizer(model, optimizer, evidence)
     gathered(model, evidence)
     # what the generators would draw next: seen here also for models without dropout
@@ -126,7 +125,7 @@ def gathered(model: nn.Module, evidence: Evidence) -> None:
     """Record gathered weights beside the raw shards: a gather that is wrong is a bug of its own."""
     from torch.distributed.tensor import DTensor
 
-    for name, parameter in observe.unwrap(model).named_parameters():
+    for name, parameter in inner_model(model).named_parameters():
         if isinstance(parameter, DTensor):
             evidence.tensors[f"gathered/{name}"] = observe.tensor_data(parameter.detach().full_tensor())
 
