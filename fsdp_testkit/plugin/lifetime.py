@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fsdp_testkit.engine.ledger import Ledger
 from fsdp_testkit.plugin import hooks
-from fsdp_testkit.plugin.options import RUN_OPTIONS, EngineOptions, usage_errors
+from fsdp_testkit.plugin.options import RUN_OPTIONS, EngineOptions, is_worker, usage_errors
 from fsdp_testkit.plugin.session import EngineLike, KitSession, own_engine
 
 SESSION = pytest.StashKey[KitSession]()
+#: What went wrong while engines were closed.
+CLOSING = pytest.StashKey[list[str]]()
+_CLOSING = "fsdp_testkit_closing"
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -29,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ledger = Ledger.load(options.ledgers)
     session = KitSession(options.engine, ledger, make_engine)
     config.stash[SESSION] = session
+    config.stash[CLOSING] = []
     # after everything else, also where the session ended by an error of another plugin
     config.add_cleanup(session.close)
 
@@ -41,6 +47,21 @@ def pytest_fsdp_make_engine(options: EngineOptions) -> EngineLike:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Stop the ranks before anything is summed up."""
-    if (kit := session.config.stash.get(SESSION, None)) is not None:
+    """Stop the ranks before anything is summed up; trouble with that must not cost the report."""
+    config = session.config
+    if (kit := config.stash.get(SESSION, None)) is None:
+        return
+    try:
         kit.close()
+    except Exception as error:  # an engine may be anybody's
+        text = f"the engine could not be closed: {type(error).__name__}: {error}"
+        config.stash[CLOSING].append(text)
+        if is_worker(config):
+            config.workeroutput[_CLOSING] = text  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what an xdist worker had to say about closing its engine."""
+    if text := (getattr(node, "workeroutput", None) or {}).get(_CLOSING):
+        node.config.stash[CLOSING].append(text)

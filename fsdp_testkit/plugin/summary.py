@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from fsdp_testkit.core.result import Result
-from fsdp_testkit.plugin.lifetime import SESSION
+from fsdp_testkit.plugin.lifetime import CLOSING, SESSION
 from fsdp_testkit.plugin.options import RUN_OPTIONS, RunOptions, is_worker
 from fsdp_testkit.plugin.rows import STORE
 from fsdp_testkit.reporting.matrix import matrix_lines, total_lines
@@ -33,7 +33,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     rows = config.stash[STORE].rows()
     options = config.stash[RUN_OPTIONS]
-    ending = Ending()
+    ending = Ending(errors=[*config.stash[CLOSING]])
     # a session that broke off says so itself
     complete = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
     if complete and (problem := silence(rows, options)):

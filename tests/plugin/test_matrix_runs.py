@@ -236,3 +236,14 @@ def test_skips_and_broken_fixtures_have_rows(project: Project) -> None:
     reasons = [row["reason"] for row in project.report()["results"]]
     assert "not today" in reasons[0]
     assert "no disk" in reasons[1]
+
+
+@pytest.mark.parametrize("workers", ["-n0", "-n1"])
+def test_an_engine_that_does_not_close_fails_the_run_but_keeps_the_report(matrix: Project, workers: str) -> None:
+    with (matrix.path / "conftest.py").open("a") as file:
+        file.write("\n\ndef broken(self):\n    raise OSError('a rank is left')\n\nFakeEngine.close = broken\n")
+    result = matrix.run("--fsdp-models=llama", "-k", "dcp", "--fsdp-report=report.json", workers)
+    assert result.ret == 1
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["ERROR fsdp_testkit: the engine could not be closed: OSError: a rank is left"])
+    assert matrix.rows() == {("llama", "dcp", "default"): "passed"}
