@@ -16,7 +16,8 @@ from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.core.versions import check_supported
 from fsdp_testkit.engine.catalogue_of_tests import TESTS
-from fsdp_testkit.engine.tests import PROCEDURES, Outcome
+from fsdp_testkit.engine.outcome import Outcome
+from fsdp_testkit.engine.tests import PROCEDURES
 from fsdp_testkit.engine.work import OracleFailedError, SpecWork
 from fsdp_testkit.ranks import Harness
 
@@ -127,7 +128,7 @@ class Engine:
         if self.settings.fault and not missing:
             judge_hits(outcomes, self._hits() - hits_before)
         seconds = (time.monotonic() - started) / len(outcomes)
-        return [outcome.to_result(spec, test, variant, self.settings, seconds) for outcome in outcomes]
+        return [outcome.to_result(spec, test, variant, self.settings.backend, seconds) for outcome in outcomes]
 
     def run_case(self, case: Case) -> list[Result]:
         """Run the test that a replay case names, with the case's backend, seed and fault.
