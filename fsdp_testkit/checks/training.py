@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,10 @@ from fsdp_testkit.checks.tolerances import Tolerance, tolerance
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Array, Evidence
 from fsdp_testkit.core.finding import Verdict
+
+#: A tensor whose gradient is much smaller than the model's largest one is sums of larger terms that cancel:
+#: its rounding is that of the terms. Its scale is therefore at least this share of the largest gradient.
+GRADIENT_FLOOR = 1e-3
 
 
 def check_batches(evidences: list[Evidence]) -> Verdict:
@@ -56,8 +61,9 @@ def check_initial(evidences: list[Evidence], truth: Evidence, case: Case) -> Ver
     """Judge the weights right after loading: bit-equal to the model that the checkpoint was made from."""
     verdict = Verdict.empty()
     for evidence in evidences:
+        look = _Look(verdict, evidence, case, "truth")
         for name, tensor in truth.under("initial/"):
-            _local(verdict, evidence, case, f"initial/{name}", name, tensor.array(), 0.0, "initial_weights")
+            look.local(f"initial/{name}", name, tensor.array(), 0.0, "initial_weights")
     return verdict
 
 
@@ -72,99 +78,115 @@ def check_training(evidences: list[Evidence], oracle: Evidence, case: Case, judg
     """
     verdict = Verdict.empty()
     limits = tolerance(case.dtype, case.layout.device)
+    floors = [GRADIENT_FLOOR * largest(oracle, f"gradient/{step}/") for step in range(case.steps)]
+    moments = {"exp_avg": max(floors, default=0.0), "exp_avg_sq": max(floors, default=0.0) ** 2}
     for evidence in evidences:
-        _losses(verdict, evidence, oracle, case, limits, judged_by)
-        _gradients(verdict, evidence, oracle, case, limits, judged_by)
+        look = _Look(verdict, evidence, case, judged_by)
+        look.losses(oracle, limits)
+        look.gradients(oracle, limits, floors)
         for name, tensor in oracle.under("final/"):
             expected = tensor.array()
-            _local(verdict, evidence, case, f"final/{name}", name, expected, limits.weight, "weights", judged_by)
+            look.local(f"final/{name}", name, expected, limits.weight, "weights")
             if f"gathered/{name}" in evidence.tensors:
-                compare(
-                    verdict,
-                    evidence.tensors[f"gathered/{name}"],
-                    expected,
-                    tolerance=limits.weight,
-                    check="gathered_weights",
-                    rank=evidence.rank,
-                    parameter=name,
-                    judged_by=judged_by,
-                )
-        _optimizer(verdict, evidence, oracle, case, limits, judged_by)
+                where = look.where("gathered_weights", name)
+                compare(verdict, evidence.tensors[f"gathered/{name}"], expected, tolerance=limits.weight, **where)
+        for name, tensor in oracle.under("optimizer/"):
+            fqn, _, kind = name.rpartition("/")
+            floor = moments.get(kind, 0.0)
+            look.local(f"optimizer/{name}", fqn, tensor.array(), limits.optimizer, "optimizer", floor=floor)
+        check_binding(verdict, evidence, oracle, judged_by)
     return verdict
 
 
-def _losses(
-    verdict: Verdict, evidence: Evidence, oracle: Evidence, case: Case, limits: Tolerance, judged_by: str
-) -> None:
-    rank = evidence.rank
-    for step in range(case.steps):
-        key = str(step)
-        where: dict[str, Any] = {"rank": rank, "step": step, "judged_by": judged_by}
-        if judged_by == "truth":  # DDP's rank 0 knows its own losses only
-            for micro, (actual, expected) in enumerate(
-                zip(evidence.facts["losses"][key], oracle.facts["losses"][key][rank], strict=True)
-            ):
-                del micro
-                compare_number(verdict, actual, expected, tolerance=limits.loss, check="losses", **where)
-        compare_number(
-            verdict,
-            evidence.facts["norms"][key],
-            oracle.facts["norms"][key],
-            tolerance=limits.norm,
-            check="gradient_norm",
-            **where,
-        )
-        verdict.expect(
-            np.allclose(evidence.facts["lrs"][key], oracle.facts["lrs"][key], rtol=1e-12),
-            check="learning_rate",
-            message=f"learning rates {evidence.facts['lrs'][key]} instead of {oracle.facts['lrs'][key]}",
-            **where,
-        )
+def largest(evidence: Evidence, prefix: str) -> float:
+    """Return the largest finite magnitude over all tensors under ``prefix``."""
+    sizes = [float(np.nanmax(np.abs(tensor.array()), initial=0.0)) for _, tensor in evidence.under(prefix)]
+    return max((size for size in sizes if np.isfinite(size)), default=0.0)
 
 
-def _gradients(
-    verdict: Verdict, evidence: Evidence, oracle: Evidence, case: Case, limits: Tolerance, judged_by: str
-) -> None:
-    for step in range(case.steps):
-        wanted = set(oracle.facts["gradients"][str(step)])
-        found = set(evidence.facts["gradients"][str(step)])
-        where: dict[str, Any] = {"check": "gradients", "rank": evidence.rank, "step": step, "judged_by": judged_by}
-        # a gradient of zeros and no gradient are the same update only without weight decay and momentum
-        for name in sorted(wanted ^ found):
-            zero = name in found and not np.any(evidence.tensors[f"gradient/{step}/{name}"].array())
-            verdict.expect(
-                zero,
-                parameter=name,
-                message=f"{name} has {'no' if name in wanted else 'a'} gradient",
-                expected="a gradient" if name in wanted else "none",
-                actual="none" if name in wanted else "a gradient",
-                **where,
-            )
-        for name in wanted & found:
-            full = oracle.tensors[f"gradient/{step}/{name}"].array()
-            _local(
-                verdict,
-                evidence,
-                case,
-                f"gradient/{step}/{name}",
-                name,
-                full,
-                limits.gradient,
-                "gradients",
-                judged_by,
-                step,
+class _Look:
+    """One rank's evidence beside an oracle: what is compared, and where it is said to be."""
+
+    def __init__(self, verdict: Verdict, evidence: Evidence, case: Case, judged_by: str) -> None:
+        self.verdict = verdict
+        self.evidence = evidence
+        self.case = case
+        self.judged_by = judged_by
+
+    def where(self, check: str, parameter: str = "", step: int | None = None) -> dict[str, Any]:
+        """Return the fields of a finding of this rank."""
+        return {
+            "check": check,
+            "rank": self.evidence.rank,
+            "parameter": parameter,
+            "judged_by": self.judged_by,
+            "step": step,
+        }
+
+    def losses(self, oracle: Evidence, limits: Tolerance) -> None:
+        """Compare losses, norms and learning rates of every step."""
+        facts = self.evidence.facts
+        for step in range(self.case.steps):
+            key = str(step)
+            if self.judged_by == "truth":  # DDP's rank 0 knows its own losses only
+                wanted = oracle.facts["losses"][key][self.evidence.rank]
+                for actual, expected in zip(facts["losses"][key], wanted, strict=True):
+                    where = self.where("losses", step=step)
+                    compare_number(self.verdict, actual, expected, tolerance=limits.loss, **where)
+            where = self.where("gradient_norm", step=step)
+            wanted = oracle.facts["norms"][key]
+            compare_number(self.verdict, facts["norms"][key], wanted, tolerance=limits.norm, **where)
+            self.verdict.expect(
+                np.allclose(facts["lrs"][key], oracle.facts["lrs"][key], rtol=1e-12),
+                message=f"learning rates {facts['lrs'][key]} instead of {oracle.facts['lrs'][key]}",
+                **self.where("learning_rate", step=step),
             )
 
+    def gradients(self, oracle: Evidence, limits: Tolerance, floors: list[float]) -> None:
+        """Compare presence and values of every gradient at every step."""
+        for step, floor in enumerate(floors):
+            wanted = set(oracle.facts["gradients"][str(step)])
+            found = set(self.evidence.facts["gradients"][str(step)])
+            # a gradient of zeros and no gradient are the same update only without weight decay and momentum
+            for name in sorted(wanted ^ found):
+                zero = name in found and not np.any(self.evidence.tensors[f"gradient/{step}/{name}"].array())
+                self.verdict.expect(
+                    zero,
+                    message=f"{name} has {'no' if name in wanted else 'a'} gradient",
+                    expected="a gradient" if name in wanted else "none",
+                    actual="none" if name in wanted else "a gradient",
+                    **self.where("gradients", name, step),
+                )
+            for name in sorted(wanted & found):
+                key = f"gradient/{step}/{name}"
+                self.local(key, name, oracle.tensors[key].array(), limits.gradient, "gradients", step, floor)
 
-def _optimizer(
-    verdict: Verdict, evidence: Evidence, oracle: Evidence, case: Case, limits: Tolerance, judged_by: str
-) -> None:
-    for name, tensor in oracle.under("optimizer/"):
-        fqn = name.rpartition("/")[0]
-        _local(
-            verdict, evidence, case, f"optimizer/{name}", fqn, tensor.array(), limits.optimizer, "optimizer", judged_by
-        )
-    check_binding(verdict, evidence, oracle, judged_by)
+    def local(
+        self,
+        key: str,
+        name: str,
+        full: Array,
+        limit: float,
+        check: str,
+        step: int | None = None,
+        floor: float = 0.0,
+    ) -> None:
+        """Compare this rank's raw local part under ``key`` with the rows of ``full`` that it must hold."""
+        where = self.where(check, name, step)
+        tensor = self.evidence.tensors.get(key)
+        if tensor is None:
+            self.verdict.expect(False, message=f"{key} was not observed on this rank", **where)
+            return
+        facts = self.evidence.facts["parameters"].get(name, {})
+        expected = full
+        if facts.get("dtensor", False):
+            expected = expected_part(full, self.case.layout, self.evidence.rank, shard_dim(facts))
+        # the scale of the whole tensor, so that a shard of small values is not held to a tighter bound
+        compare(self.verdict, tensor, expected, tolerance=limit, scale=partial(_scale, full, floor), **where)
+
+
+def _scale(full: Array, floor: float) -> float:
+    return max(float(np.nanmax(np.abs(full), initial=0.0)), floor)
 
 
 def check_binding(verdict: Verdict, evidence: Evidence, oracle: Evidence, judged_by: str) -> None:
@@ -257,39 +279,3 @@ def _part_moves(truth: Evidence, evidence: Evidence, case: Case, name: str) -> b
     before = expected_part(truth.tensors[f"initial/{name}"].array(), case.layout, evidence.rank, dim)
     after = expected_part(truth.tensors[f"final/{name}"].array(), case.layout, evidence.rank, dim)
     return not np.array_equal(before, after)
-
-
-def _local(
-    verdict: Verdict,
-    evidence: Evidence,
-    case: Case,
-    key: str,
-    name: str,
-    full: Array,
-    limit: float,
-    check: str,
-    judged_by: str = "truth",
-    step: int | None = None,
-) -> None:
-    """Compare this rank's raw local part under ``key`` with the rows of ``full`` that it must hold."""
-    where: dict[str, Any] = {
-        "check": check,
-        "rank": evidence.rank,
-        "parameter": name,
-        "judged_by": judged_by,
-        "step": step,
-    }
-    tensor = evidence.tensors.get(key)
-    if not verdict.expect(tensor is not None, message=f"{key} was not observed on this rank", **where):
-        return
-    assert tensor is not None
-    facts = evidence.facts["parameters"].get(name, {})
-    expected = full
-    if facts.get("dtensor", False):
-        expected = expected_part(full, case.layout, evidence.rank, shard_dim(facts))
-    if not expected.size and not tensor.numel:
-        verdict.checks += 1
-        return
-    # the scale of the whole tensor, so that a shard of small values is not held to a tighter bound
-    scale = float(np.nanmax(np.abs(full))) if full.size else 1.0
-    compare(verdict, tensor, expected, tolerance=limit, scale=scale, **where)

@@ -218,6 +218,12 @@ def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
     outcome = judged(case, again, lambda: check_resume(whole.get(), again.get(), case, first))
     # the uninterrupted run is only worth resuming if it is right: each rank's own dropout masks included
     outcome.verdict.add(check_training(whole.get(), truth, case, "truth"))
+
+    def exact_verdict(exact: Case) -> Verdict | None:
+        run = work.train(replace(exact, scenario="train"))
+        return None if run.failure else check_training(run.get(), work.truth(exact), exact, "truth")
+
+    settle(outcome, case, exact_verdict)
     return [outcome]
 
 
@@ -286,15 +292,24 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
         return [judged(case, run, Verdict.empty)]
     truth, ddp = work.truth(case), work.ddp(case)
     outcome = judged(case, run, lambda: judge_training(run.get(), ddp, truth, case))
-    if needs_fp64(outcome.verdict, case):
-        exact = replace(case, dtype="float64")
-        exact_run = work.train(exact)
-        if not exact_run.failure:
-            verdict = judge_training(exact_run.get(), work.ddp(exact), work.truth(exact), exact)
-            harmless = decide_rounding(outcome.verdict, verdict, case)
-            if harmless:
-                outcome.extra["rounding"] = [finding.to_dict() for finding in harmless[:5]]
+
+    def exact_verdict(exact: Case) -> Verdict | None:
+        again = work.train(exact)
+        return None if again.failure else judge_training(again.get(), work.ddp(exact), work.truth(exact), exact)
+
+    settle(outcome, case, exact_verdict)
     return [outcome]
+
+
+def settle(outcome: Outcome, case: Case, exact_verdict: Callable[[Case], Verdict | None]) -> None:
+    """Where a number is in doubt, judge the case once more in fp64 and say whether it was rounding or logic."""
+    if not needs_fp64(outcome.verdict, case):
+        return
+    verdict = exact_verdict(replace(case, dtype="float64"))
+    if verdict is None:
+        return
+    if harmless := decide_rounding(outcome.verdict, verdict, case):
+        outcome.extra["rounding"] = [finding.to_dict() for finding in harmless[:5]]
 
 
 def load_elsewhere(
