@@ -30,6 +30,7 @@ class TrainingLoop:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            fused=True,  # a tenth of the dispatches of DTensors, and the same bits whether whole or in parts
         )
 
     def train_step(

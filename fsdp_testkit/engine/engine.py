@@ -36,6 +36,7 @@ PRELOAD = (
     "transformers.generation",
     "transformers.integrations",
     "transformers.models.auto.modeling_auto",
+    "fsdp_testkit.scenarios.warm",
     "fsdp_testkit.scenarios.train",
     "fsdp_testkit.scenarios.truth",
     "fsdp_testkit.scenarios.saving",

@@ -55,6 +55,7 @@ class SpecWork:
         self._deadline = deadline
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._warm = False
         self._runs: dict[str, Run] = {}
         self._truth: dict[str, Evidence] = {}
         self._folders = 0
@@ -122,6 +123,11 @@ class SpecWork:
 
     def job(self, target: str, args: dict[str, Any], layout: Layout, *, name: str, comm: str = "") -> Run:
         """Run a scenario function on the layout's ranks and collect its evidence."""
+        if not self._warm:
+            self._warm = True
+            case = args.get("case") or next(iter(args.get("cases", [])), "")
+            if case:
+                self._harness.warm(f"{SCENARIOS}.warm:model", {"case": case})
         report = self._harness.run(
             Job(
                 target=f"{SCENARIOS}.{target}",

@@ -104,6 +104,38 @@ class Harness:
                 second.discard()
             return report
 
+    def warm(self, target: str, args: dict[str, Any], *, limit: float = 60.0) -> str:
+        """Run ``package.module:function(**args)`` once where CPU ranks are forked from, before the next job.
+
+        What it imports and caches is then there in every new rank. Use it for work that all ranks would
+        repeat; it must not start threads or a process group. Does nothing with ``spawn``.
+
+        Args:
+            target: function to call.
+            args: JSON data.
+            limit: seconds after which the server is replaced by a fresh, cold one.
+
+        Returns:
+            ``""``, or what went wrong; jobs run all the same, only slower.
+
+        Raises:
+            EnvironmentLacksError: the rank server cannot be started.
+        """
+        if self.start_method != "forkserver":
+            return ""
+        with self._lock:
+            link = self._link(Job(target=target))
+            try:
+                link.wait_ready()
+            except EnvironmentLacksError:
+                self._drop_links()
+                raise
+            problem = link.warm(target, args, limit)
+            if problem is None:
+                self._drop_links(at_once=True)
+                return f"warming with {target} did not end within {limit:g} s"
+            return problem
+
     def _run(self, job: Job, identity: str, attempt: int) -> JobReport:
         link = self._link(job)
         needs_store = job.comm in ("gloo", "nccl") or job.processes > 1

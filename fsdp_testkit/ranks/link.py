@@ -84,6 +84,20 @@ class ServerLink:
         message: dict[str, Any] | None = json.loads(data) if data else None
         return message
 
+    def warm(self, target: str, args: dict[str, Any], limit: float) -> str | None:
+        """Have the server run a function; return what went wrong, ``None`` where no answer came in time."""
+        self.socket.settimeout(limit)
+        try:
+            self.socket.send(json.dumps({"warm": target, "args": args}).encode())
+            while (message := self.receive()) is not None:
+                if "warmed" in message:  # a rank of the last job may still be reported as ended before it
+                    return str(message["warmed"])
+        except (TimeoutError, ConnectionError):
+            pass
+        finally:
+            self.socket.setblocking(True)
+        return None
+
     def start(self, rank: int, files: Sequence[int]) -> None:
         """Ask for a rank; ``files`` are its channel, the job and its log."""
         with contextlib.suppress(ConnectionError):  # a lost server is noticed when reading

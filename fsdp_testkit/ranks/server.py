@@ -9,9 +9,9 @@ leaves its processes behind until the parent ends.
 Messages are JSON datagrams on a Unix socket that only the parent and the server hold:
 
 - parent: ``{"start": rank}`` with the files [channel, spec, log], ``{"signal": number, "pid": pid}``,
-  ``{"bye": true}``;
+  ``{"warm": target, "args": {...}}``, ``{"bye": true}``;
 - server: ``{"started": rank, "pid": pid}``, ``{"unstarted": rank, "error": text}``,
-  ``{"ended": pid, "code": status}``.
+  ``{"ended": pid, "code": status}``, ``{"warmed": problem}``.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ class _Server:
         if "bye" in message:
             self.dismissed = True
             return False
-        if "start" in message:
+        if "warm" in message:
+            self.warm(message["warm"], message["args"])
+        elif "start" in message:
             try:
                 self.start(message, files, selector)
             finally:
@@ -134,6 +136,18 @@ class _Server:
         elif message["pid"] in self.pids:  # not yet reaped, so the number cannot belong to anybody else
             _signal(message["pid"], message["signal"])
         return True
+
+    def warm(self, target: str, args: dict[str, Any]) -> None:
+        """Run a function here, for what it leaves in memory: ranks forked from now on inherit it."""
+        problem = ""
+        try:
+            module, _, name = target.partition(":")
+            getattr(importlib.import_module(module), name)(**args)
+        except BaseException as error:  # the ranks will meet the same problem and report it properly
+            problem = f"warming with {target} failed: {type(error).__name__}: {error}"[:500]
+        gc.collect()
+        gc.freeze()
+        self.send({"warmed": problem})
 
     def start(self, message: dict[str, Any], files: list[int], selector: selectors.BaseSelector) -> None:
         server = os.getpid()

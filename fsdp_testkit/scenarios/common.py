@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import json
 import random
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 from fsdp_testkit.backends.base import Backend, MicroBatch, OptimizerConfig
-from fsdp_testkit.core.case import Case
+from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.models.batches import make_batch
 from fsdp_testkit.models.build import meta_model, prepare_dtype, resolve
@@ -81,16 +83,33 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+@functools.lru_cache(maxsize=16)
+def _resolved(spec: ModelSpec) -> tuple[Any, Any]:
+    return resolve(spec)
+
+
+def resolved(spec: ModelSpec) -> tuple[Any, Any]:
+    """Return a config of its own and the model class; what is costly is done once in the process it is forked from."""
+    config, model_class = _resolved(spec)
+    return copy.deepcopy(config), model_class
+
+
+@functools.lru_cache(maxsize=16)
+def tree_of(spec: ModelSpec) -> dict[str, Any]:
+    """Return the module tree of a spec, read from a model of the kit's own on the meta device. Do not change it."""
+    return module_tree(meta_model(spec))
+
+
 class Loaded:
     """A model that a backend has loaded, with what the kit knows about it."""
 
     def __init__(self, case: Case, backend: Backend, checkpoint: Path) -> None:
         self.case = case
         self.backend = backend
-        self.config, self.model_class = resolve(case.model)
+        self.config, self.model_class = resolved(case.model)
         # the tree is read from a model of the kit's own; most cases ask for nothing by name
         named = case.freeze or case.plan == "manual"
-        self.tree = module_tree(meta_model(case.model)) if named else {}
+        self.tree = tree_of(case.model) if named else {}
         self.plan = resolve_plan(case, self.tree)
         with poisoned_memory():
             self.model: nn.Module = backend.load(

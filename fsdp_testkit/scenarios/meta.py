@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
-from fsdp_testkit.models.build import resolve
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import Loaded, reply, torch_dtype
+from fsdp_testkit.scenarios.common import Loaded, reply, resolved, torch_dtype
 
 
 def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     parsed = Case.from_json(case)
     evidence = Evidence(rank=context.rank)
     with armed(parsed, context) as backend:
-        _, model_class = resolve(parsed.model)
+        _, model_class = resolved(parsed.model)
         loaded = Loaded(parsed, backend, Path(checkpoint))
         with counting_inits() as inits, AllocationCounter() as counter:
             loaded.model = backend.load(

@@ -11,10 +11,10 @@ from torch import nn
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.layout import Layout
-from fsdp_testkit.models.build import build_model, resolve
+from fsdp_testkit.models.build import build_model
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import Loaded, inner_model, reply, torch_dtype
+from fsdp_testkit.scenarios.common import Loaded, inner_model, reply, resolved, torch_dtype
 from fsdp_testkit.scenarios.train import train
 
 
@@ -64,7 +64,7 @@ def plain(context: Any, *, case: str, folder: str, reference: str) -> dict[str, 
     The ordinary save lands in the folder ``reference``: its key set is what a single-process save writes.
     """
     parsed = Case.from_json(case)
-    _, model_class = resolve(parsed.model)
+    _, model_class = resolved(parsed.model)
     evidence = Evidence(rank=context.rank)
     loader: Any = model_class
     model, info = loader.from_pretrained(folder, dtype=torch_dtype(parsed.dtype), output_loading_info=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
-from fsdp_testkit.models.build import build_model, resolve
+from fsdp_testkit.models.build import build_model
 from fsdp_testkit.models.tree import frozen_subset, module_tree
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.common import (
@@ -25,6 +25,7 @@ from fsdp_testkit.scenarios.common import (
     make_scheduler,
     micro_batches,
     reply,
+    resolved,
     seed_everything,
     torch_dtype,
 )
@@ -55,7 +56,7 @@ def write_checkpoint(model: nn.Module, folder: Path) -> None:
 
 def play(case: Case, model: nn.Module) -> Evidence:
     """Train ``model`` over the case's steps, playing all ranks of its layout."""
-    config, model_class = resolve(case.model)
+    config, model_class = resolved(case.model)
     model.train()
     tree = module_tree(model)
     if case.freeze:
@@ -112,6 +113,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=OPTIMIZER.lr,
+        fused=True,
         betas=OPTIMIZER.betas,
         eps=OPTIMIZER.eps,
     )

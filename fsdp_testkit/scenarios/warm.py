@@ -1,0 +1,18 @@
+"""What every rank of a model would do first, done once where ranks are forked from."""
+
+from __future__ import annotations
+
+import json
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.scenarios.common import resolved, tree_of
+
+
+def model(*, case: str) -> None:
+    """Import a case's modeling module, build its config and its module tree, and fill transformers' caches."""
+    spec = Case.from_json(case).model
+    config, _ = resolved(spec)
+    get_checkpoint_conversion_mapping(config.model_type)
+    json.dumps(tree_of(spec)["blocks"])
