@@ -6,6 +6,7 @@ Seen in transformers 5.23.0: ``DistributedConfig`` in ``transformers.distributed
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 
 from fsdp_testkit.backends.base import CAPABILITIES
 from fsdp_testkit.backends.loop import TrainingLoop
+from fsdp_testkit.core.errors import EnvironmentLacksError
 from fsdp_testkit.core.layout import Layout
 
 #: The kit's options in transformers' words.
@@ -38,7 +40,12 @@ class TransformersBackend(TrainingLoop):
         plan: Any,
         dtype: torch.dtype,
     ) -> nn.Module:
-        """Shard while loading, by transformers' default plan or the given rules on top of it."""
+        """Shard while loading, by transformers' default plan or the given rules on top of it.
+
+        Raises:
+            EnvironmentLacksError: accelerate is not installed; transformers loads through a device map, which needs it.
+        """
+        require_accelerate()
         from transformers.distributed import DistributedConfig
 
         config = DistributedConfig(
@@ -71,6 +78,19 @@ class TransformersBackend(TrainingLoop):
 
         load_optimizer_distributed(model, optimizer, str(folder / "optimizer"))
         load_generators_and(scheduler, folder)
+
+
+def require_accelerate() -> None:
+    """Raise where ``accelerate`` is missing, before transformers does from deep inside of ``from_pretrained``.
+
+    Raises:
+        EnvironmentLacksError: it is not installed; the message says how to install it.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise EnvironmentLacksError(
+            "the transformers backend needs accelerate: from_pretrained(distributed_config=...) sets a device map, "
+            "and transformers takes one only with accelerate installed. Run: pip install 'fsdp-testkit[accelerate]'"
+        )
 
 
 def save_generators_and(scheduler: Any, folder: Path) -> None:

@@ -109,7 +109,7 @@ class Engine:
         if variant not in ("untied", "tied", "default"):
             raise UsageError(f"variant={variant!r} must be 'untied', 'tied' or 'default'")
         tie = {"untied": False, "tied": True, "default": None}[variant]
-        spec = replace(spec, tie=tie)
+        spec = replace(spec, tie=tie) if tie is not None else self._default(spec)
         procedure: Callable[[Engine, SpecWork], list[Outcome]] = PROCEDURES[test]
         started = time.monotonic()
         hits_before = self._hits()
@@ -208,6 +208,16 @@ class Engine:
             self._harness, spec, seed=self.settings.seed, folder=folder, deadline=self.settings.deadline
         )
         return self._works[spec]
+
+    def _default(self, spec: ModelSpec) -> ModelSpec:
+        """Return the spec with the tie that the model type has by default, where it is known already.
+
+        It is then the same work as one of the two variants, and nothing is computed twice.
+        """
+        for known, work in self._works.items():
+            if same_model(known) == same_model(spec) and work.default_tie is not None:
+                return replace(spec, tie=work.default_tie)
+        return replace(spec, tie=None)
 
     def _start(self) -> None:
         if self._harness is None:

@@ -76,7 +76,7 @@ class Outcome:
             tolerance=self.verdict.tolerance if compared else None,
             checks=self.verdict.checks,
             tensors=self.verdict.tensors,
-            findings=[finding.to_dict() | {"replay": replay} for finding in at_most(findings, per_check=8)],
+            findings=[finding.to_dict() | {"replay": replay} for finding in at_most(findings, per_check=40)],
             extra=self.extra
             | ({"case": json.loads(self.case.to_json())} if self.case is not None else {})
             | ({"findings_total": len(findings)} if findings else {}),

@@ -99,6 +99,13 @@ class SpecWork:
         self.prepare([case])
         return self._truth[truth_key(case)]
 
+    @property
+    def default_tie(self) -> bool | None:
+        """Whether the model type is tied by default; ``None`` before any truth was computed."""
+        for evidence in self._truth.values():
+            return bool(evidence.facts["default_tie"])
+        return None
+
     def ddp(self, case: Case) -> list[Evidence]:
         """Return DDP's evidence of all ranks for ``case``."""
         layout = Layout(kind="ddp", replicate=case.layout.world_size, device=case.layout.device, comm=case.layout.comm)

@@ -112,7 +112,7 @@ def _row(row: Result, shown: int) -> str:
     if more := sum(len(finding["ranks"]) for finding in rest_of) + beyond:
         kinds = f": {_others(rest_of)}" if rest_of else ""
         lines.append("")
-        lines.append(f"  and {more} more{kinds} (--fsdp-report FILE.json holds them)")
+        lines.append(f"  and {more} more{kinds} (--fsdp-report FILE.json holds up to 40 of each check)")
     for name in ("report", "traceback"):
         if text := str(row.extra.get(name) or "").strip():
             lines.append("")

@@ -8,6 +8,7 @@ training loops under test.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fsdp_testkit.scenarios.common import (
     resolved,
     seed_everything,
     torch_dtype,
+    tree_of,
 )
 
 
@@ -37,13 +39,23 @@ def run(context: Any, *, cases: list[str], checkpoint: str) -> dict[str, Any]:
     Returns one evidence file per case, named ``truth0``, ``truth1``, ...
     """
     replies: dict[str, Any] = {}
+    default: bool | None = None
     for index, text in enumerate(cases):
         case = Case.from_json(text)
         model = build_model(case.model, seed=case.seed, dtype=torch_dtype(case.dtype))
         if checkpoint and not Path(checkpoint).exists():
             write_checkpoint(model, Path(checkpoint))
-        replies |= reply(context, play(case, model), f"truth{index}")
+        evidence = play(case, model)
+        if default is None:
+            default = is_tied(tree_of(replace(case.model, tie=None)))
+        evidence.facts["default_tie"] = default
+        replies |= reply(context, evidence, f"truth{index}")
     return replies
+
+
+def is_tied(tree: dict[str, Any]) -> bool:
+    """Whether parameters of a module tree have several names."""
+    return any(facts["aliases"] for facts in tree["parameters"].values())
 
 
 def write_checkpoint(model: nn.Module, folder: Path) -> None:
