@@ -33,6 +33,11 @@ class DDPBackend(TrainingLoop):
         del plan
         loader: Any = model_class
         model = loader.from_pretrained(str(checkpoint), dtype=dtype)
+        # plain from_pretrained of transformers 5.23 loses a constructor's requires_grad=False
+        with torch.device("meta"):
+            fresh = loader(model.config)
+        for name, parameter in fresh.named_parameters():
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
         if layout.device == "cuda":
             model = model.to("cuda")
         # unused parameters (towers, cross attention, top-k indexers) are normal in text-only steps

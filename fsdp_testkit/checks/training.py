@@ -45,13 +45,24 @@ def check_batches(evidences: list[Evidence]) -> Verdict:
 
 
 def check_routing(truth: Evidence) -> Verdict:
-    """Judge the harness itself: with experts, every rank's data reaches every expert."""
+    """Judge the harness itself: with experts, every rank's data reaches every expert that any rank's reaches."""
     verdict = Verdict.empty()
-    idle = truth.facts["idle_experts"]
+    ranks, steps = len(truth.facts["losses"]["0"]), len(truth.facts["losses"])
+    idle: dict[tuple[str, int], dict[int, int]] = {}
+    for item in truth.facts["idle_experts"]:
+        for expert in item["experts"]:
+            per_rank = idle.setdefault((item["parameter"], expert), {})
+            per_rank[item["rank"]] = per_rank.get(item["rank"], 0) + 1
+    starved = [
+        (name, expert, rank)
+        for (name, expert), per_rank in idle.items()
+        for rank, count in per_rank.items()
+        if count == steps and sum(per_rank.values()) < steps * ranks
+    ]
     verdict.expect(
-        not idle,
+        not starved,
         check="routing",
-        message=f"experts without a token from some rank: {idle[:3]}",
+        message=f"no token of one rank reaches an expert at any step (parameter, expert, rank): {starved[:3]}",
         judged_by="truth",
     )
     return verdict

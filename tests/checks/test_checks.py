@@ -16,7 +16,7 @@ from fsdp_testkit.checks.meta import check_meta_init
 from fsdp_testkit.checks.saving import check_reload, trained_weights
 from fsdp_testkit.checks.structure import check_structure, expand_plan, expected_units
 from fsdp_testkit.checks.tolerances import tolerance
-from fsdp_testkit.checks.training import check_batches, check_replicas
+from fsdp_testkit.checks.training import check_batches, check_replicas, check_routing
 from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.errors import InternalError
 from fsdp_testkit.core.evidence import Evidence, TensorData
@@ -335,3 +335,15 @@ def test_meta_init_judges_inits_and_bytes() -> None:
     texts = [finding.message for finding in check_meta_init([evidence]).findings]
     assert len(texts) == 3
     assert "2 init calls" in texts[0]
+
+
+def test_an_expert_that_one_rank_never_reaches_is_a_finding() -> None:
+    def truth(*idle: tuple[int, int, list[int]]) -> Evidence:
+        items = [{"rank": rank, "step": step, "parameter": "w", "experts": experts} for rank, step, experts in idle]
+        return Evidence(rank=0, facts={"losses": {"0": [[1.0], [1.0]], "1": [[1.0], [1.0]]}, "idle_experts": items})
+
+    assert not check_routing(truth()).findings
+    assert not check_routing(truth((0, 0, [3]), (1, 1, [3]))).findings, "reached at another step"
+    assert not check_routing(truth((0, 0, [3]), (0, 1, [3]), (1, 0, [3]), (1, 1, [3]))).findings, "by nobody: by design"
+    (finding,) = check_routing(truth((0, 0, [3]), (0, 1, [3]), (1, 1, [3]))).findings
+    assert "('w', 3, 0)" in finding.message

@@ -1,0 +1,1 @@
+"""Measurements: speeds as ratios in one run, memory as bytes, medians."""
