@@ -12,6 +12,8 @@ from torch import nn
 
 #: Modules of this base are repeated blocks (transformers.modeling_layers, public since 4.53).
 _BLOCK_BASE = "GradientCheckpointingLayer"
+#: Names that final norms usually have; where a model has further norms beside its blocks, these decide.
+FINAL_NORMS = frozenset({"norm", "final_norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"})
 
 
 def module_tree(model: nn.Module) -> dict[str, Any]:
@@ -163,4 +165,5 @@ def _final_norms(model: nn.Module, blocks: list[str], taken: set[str]) -> list[s
         looks = "norm" in child.lower() or "norm" in type(module).__name__.lower() or child == "ln_f"
         if looks and name not in taken and next(module.parameters(), None) is not None:
             norms.append(name)
-    return norms
+    named = [name for name in norms if name.rpartition(".")[2] in FINAL_NORMS]
+    return named or norms

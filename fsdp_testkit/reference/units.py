@@ -139,7 +139,9 @@ def _final_norm(model: nn.Module, lists: list[str]) -> str | None:
         after = [child for index, child in norms if index > position]
         before = [child for index, child in norms if index < position and re.search("final|out|^norm$", child)]
         if chosen := (after or before):
-            return f"{parent}.{chosen[-1]}" if parent else chosen[-1]
+            usual = [child for child in chosen if re.fullmatch(r"(final_)?(layer_?)?norm(_f)?|ln_f", child)]
+            best = (usual or chosen)[-1]
+            return f"{parent}.{best}" if parent else best
     return None
 
 
