@@ -21,7 +21,7 @@ help:
 	@echo "make matrix      twenty headline models through all core tests (BACKEND=transformers for transformers' own)"
 	@echo "make matrix-all  every model type of the catalogue"
 	@echo "make test        the kit's own tests"
-	@echo "make lint        ruff and mypy --strict"
+	@echo "make lint        ruff, mypy --strict, schema of the workflows"
 	@echo "make clean       remove .venv, caches and reports"
 
 install: $(VENV)/.installed
@@ -48,6 +48,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: install
 	$(BIN)/ruff format .
