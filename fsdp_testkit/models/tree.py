@@ -13,7 +13,9 @@ from torch import nn
 #: Modules of this base are repeated blocks (transformers.modeling_layers, public since 4.53).
 _BLOCK_BASE = "GradientCheckpointingLayer"
 #: Names that final norms usually have; where a model has further norms beside its blocks, these decide.
-FINAL_NORMS = frozenset({"norm", "final_norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"})
+FINAL_NORMS = frozenset(
+    {"norm", "final_norm", "ln_f", "norm_f", "layernorm", "layer_norm", "final_layernorm", "final_layer_norm"}
+)
 
 
 def module_tree(model: nn.Module) -> dict[str, Any]:
