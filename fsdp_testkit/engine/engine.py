@@ -19,7 +19,7 @@ from fsdp_testkit.engine.catalogue_of_tests import TESTS
 from fsdp_testkit.engine.outcome import Outcome
 from fsdp_testkit.engine.tests import PROCEDURES
 from fsdp_testkit.engine.work import OracleFailedError, SpecWork
-from fsdp_testkit.ranks import Harness
+from fsdp_testkit.ranks import Harness, Slots
 
 #: Modules that every rank needs: imported once in the server that ranks are forked from.
 PRELOAD = (
@@ -81,10 +81,15 @@ class Engine:
     """Runs tests. Cheap to build; ranks' server and folder appear with the first test.
 
     Work shared by the tests of a model is kept until a test of another model is asked for.
+
+    Args:
+        settings: how tests are run.
+        slots: where jobs wait for cores that they share with other processes.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, slots: Slots | None = None) -> None:
         self.settings = settings
+        self._slots = slots
         self._harness: Harness | None = None
         self._folder: Path | None = None
         self._works: dict[ModelSpec, SpecWork] = {}
@@ -223,7 +228,7 @@ class Engine:
         if self._harness is None:
             check_supported()
             # the harness's own folder goes also where this process is killed
-            self._harness = Harness(start_method=self.settings.start_method, preload=PRELOAD)
+            self._harness = Harness(start_method=self.settings.start_method, preload=PRELOAD, slots=self._slots)
             self._folder = self._harness.folder / "models"
             self._folder.mkdir()
 

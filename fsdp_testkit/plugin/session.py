@@ -16,6 +16,7 @@ from fsdp_testkit.plugin.options import EngineOptions
 
 if TYPE_CHECKING:
     from fsdp_testkit.core.case import ModelSpec
+    from fsdp_testkit.ranks import Slots
 
 
 class EngineLike(Protocol):
@@ -80,8 +81,8 @@ class KitSession:
         return self._engine
 
 
-def own_engine(options: EngineOptions) -> EngineLike:
-    """Return the kit's own engine.
+def own_engine(options: EngineOptions, slots: Slots | None = None) -> EngineLike:
+    """Return the kit's own engine, whose jobs wait for ``slots``.
 
     Raises:
         EnvironmentLacksError: torch or transformers is missing, or outside the versions that were run.
@@ -98,7 +99,8 @@ def own_engine(options: EngineOptions) -> EngineLike:
             seed=options.seed,
             deadline=options.deadline,
             fault=options.fault,
-        )
+        ),
+        slots,
     )
 
 

@@ -11,6 +11,7 @@ with Harness() as harness:
 from fsdp_testkit.ranks.harness import DEFAULT_PRELOAD, Harness
 from fsdp_testkit.ranks.job import Job, JobFailure, JobReport, RankReply, pick_comm
 from fsdp_testkit.ranks.rank import RankContext
+from fsdp_testkit.ranks.slots import LeasedSlots, SlotBroker, Slots, cores
 
 __all__ = [
     "DEFAULT_PRELOAD",
@@ -18,7 +19,11 @@ __all__ = [
     "Job",
     "JobFailure",
     "JobReport",
+    "LeasedSlots",
     "RankContext",
     "RankReply",
+    "SlotBroker",
+    "Slots",
+    "cores",
     "pick_comm",
 ]

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from fsdp_testkit.core.errors import EnvironmentLacksError, UsageError
 from fsdp_testkit.ranks.job import Job, JobReport
 from fsdp_testkit.ranks.link import ServerLink, open_store
 from fsdp_testkit.ranks.run import Run
+from fsdp_testkit.ranks.slots import Slots
 from fsdp_testkit.ranks.verdict import explain
 
 #: What the rank server imports once, so that ranks do not have to. A module that is missing is noted.
@@ -42,6 +44,7 @@ class Harness:
             a fresh interpreter for each rank. CUDA ranks are always spawned.
         preload: names of modules.
         grace: seconds that the other ranks get after the first failure.
+        slots: where each job first waits for as many slots as it has processes; its deadline starts after that.
 
     Raises:
         UsageError: a bad argument.
@@ -54,6 +57,7 @@ class Harness:
         start_method: str = "forkserver",
         preload: Sequence[str] = DEFAULT_PRELOAD,
         grace: float = 3.0,
+        slots: Slots | None = None,
     ) -> None:
         if start_method not in ("forkserver", "spawn"):
             raise UsageError(f"start_method={start_method!r} must be 'forkserver' or 'spawn'")
@@ -64,6 +68,7 @@ class Harness:
         self.start_method = start_method
         self.preload = tuple(preload)
         self.grace = grace
+        self.slots = slots
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix="fsdp_testkit-", dir=folder))
@@ -149,7 +154,10 @@ class Harness:
         folder = self.folder / f"{identity}-{attempt}"
         run = Run(job, identity, attempt, folder, link, self._store[1] if self._store and needs_store else 0)
         try:
-            report = run.execute(self.grace)
+            with nullcontext("") if self.slots is None else self.slots.lease(job.processes) as problem:
+                if problem:
+                    run.notes.append(problem)
+                report = run.execute(self.grace)
         except BaseException:  # Ctrl-C above all: nothing may be left behind, whatever interrupted the wait
             self._drop_links()
             shutil.rmtree(folder, ignore_errors=True)

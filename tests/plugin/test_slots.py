@@ -1,0 +1,43 @@
+"""The workers of one session share the cores; sessions side by side do not know of each other."""
+
+from __future__ import annotations
+
+import itertools
+
+from plugin_project import Project
+
+TESTS = """
+import os, time
+import pytest
+from fsdp_testkit.plugin.slots import session_slots
+
+@pytest.mark.parametrize("number", range(4))
+def test_lease(request, number):
+    slots = session_slots(request.config)
+    if slots is None:
+        problem = "none"
+    else:
+        with slots.lease(1000) as problem:
+            with open("spans", "a") as file:
+                file.write(f"{time.monotonic()} ")
+                time.sleep(0.2)
+                file.write(f"{time.monotonic()}\\n")
+    with open("problems", "a") as file:
+        file.write(f"{problem}|{os.getpid()}\\n")
+"""
+
+
+def test_workers_lease_from_the_controller(project: Project) -> None:
+    project.pytester.makepyfile(TESTS)
+    project.run("-n", "2").assert_outcomes(passed=4)
+    lines = [line.split("|") for line in (project.path / "problems").read_text().splitlines()]
+    assert [problem for problem, _ in lines] == [""] * 4
+    assert len({pid for _, pid in lines}) == 2
+    spans = sorted([float(text) for text in line.split()] for line in (project.path / "spans").read_text().splitlines())
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), spans
+
+
+def test_a_single_process_needs_no_slots(project: Project) -> None:
+    project.pytester.makepyfile(TESTS)
+    project.run().assert_outcomes(passed=4)
+    assert (project.path / "problems").read_text().count("none") == 4
