@@ -228,7 +228,9 @@ class Engine:
         if self._harness is None:
             check_supported()
             # the harness's own folder goes also where this process is killed
-            self._harness = Harness(start_method=self.settings.start_method, preload=PRELOAD, slots=self._slots)
+            self._harness = Harness(
+                start_method=self.settings.start_method, preload=PRELOAD, slots=self._slots, scale_deadlines=True
+            )
             self._folder = self._harness.folder / "models"
             self._folder.mkdir()
 

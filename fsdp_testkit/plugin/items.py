@@ -12,6 +12,8 @@ MARKERS = {
     "fsdp": "a distributed correctness test of fsdp_testkit",
     # transformers' own name for its own tests, so that one -m selects both
     "is_fsdp_test": "a test of sharded training",
+    "fsdp_deadline(seconds)": "time limit of one job on the ranks, instead of --fsdp-deadline",
+    "ranks(count, *, device, comm)": "run the test function on that many ranks; it may take rank and world_size",
 }
 
 
@@ -30,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers that nobody else has registered."""
     present = {line.split(":")[0].split("(")[0].strip() for line in config.getini("markers")}
     for name, text in MARKERS.items():
-        if name not in present:
+        if name.split("(")[0] not in present:
             config.addinivalue_line("markers", f"{name}: {text}")
 
 
@@ -67,7 +69,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         return
     model = item.cls._fsdp_kit_model_name()
     item.stash[CELL] = Cell(model, *methods[item.originalname])
-    for name in MARKERS:
+    for name in ("fsdp", "is_fsdp_test"):
         if item.get_closest_marker(name) is None:
             item.add_marker(name)
     # TestModernbertDecoder is found by modernbert-decoder and by modernbert_decoder

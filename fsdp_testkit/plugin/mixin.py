@@ -22,6 +22,7 @@ from fsdp_testkit.engine.catalogue_of_tests import TESTS
 from fsdp_testkit.engine.ledger import Ledger
 from fsdp_testkit.plugin import options as checks
 from fsdp_testkit.plugin import source
+from fsdp_testkit.plugin.deadline import marked_deadline
 from fsdp_testkit.plugin.lifetime import SESSION
 from fsdp_testkit.plugin.options import EngineOptions
 from fsdp_testkit.plugin.rows import ROWS
@@ -64,7 +65,9 @@ class FSDPTesterMixin:
         model_class: the model's class or ``"package.module:Class"``; by default the causal-LM mapping's.
         fsdp_backend: implementation under test; by default what ``--fsdp-backend`` says.
         fsdp_seed: seed of weights, batches and dropout; by default ``--fsdp-seed``.
-        fsdp_deadline: seconds for one job; by default ``--fsdp-deadline``.
+        fsdp_deadline: seconds for one job; by default ``--fsdp-deadline``. The marker
+            ``@pytest.mark.fsdp_deadline(120)`` goes before it; set it for the class, as tests with another
+            deadline share no work.
         fsdp_tests: names of the tests to run; by default all.
     """
 
@@ -153,6 +156,8 @@ def _run(test: FSDPTesterMixin, name: str, variant: str) -> None:
     kit = node.config.stash.get(SESSION, None) if node is not None else None
     kit = kit if kit is not None else _process_session()
     changes = _changes(test)
+    if node is not None and (seconds := marked_deadline(node)) is not None:
+        changes["deadline"] = seconds
     try:
         spec = source.resolve(test)
     except UsageError as error:

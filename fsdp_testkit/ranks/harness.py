@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,7 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from fsdp_testkit.core.errors import EnvironmentLacksError, UsageError
-from fsdp_testkit.ranks.job import Job, JobReport
+from fsdp_testkit.ranks import load
+from fsdp_testkit.ranks.job import MAX_DEADLINE, Job, JobReport
 from fsdp_testkit.ranks.link import ServerLink, open_store
 from fsdp_testkit.ranks.run import Run
 from fsdp_testkit.ranks.slots import Slots
@@ -45,6 +47,7 @@ class Harness:
         preload: names of modules.
         grace: seconds that the other ranks get after the first failure.
         slots: where each job first waits for as many slots as it has processes; its deadline starts after that.
+        scale_deadlines: multiply deadlines on a loaded machine, by at most 5; see `load`.
 
     Raises:
         UsageError: a bad argument.
@@ -58,6 +61,7 @@ class Harness:
         preload: Sequence[str] = DEFAULT_PRELOAD,
         grace: float = 3.0,
         slots: Slots | None = None,
+        scale_deadlines: bool = False,
     ) -> None:
         if start_method not in ("forkserver", "spawn"):
             raise UsageError(f"start_method={start_method!r} must be 'forkserver' or 'spawn'")
@@ -69,6 +73,8 @@ class Harness:
         self.preload = tuple(preload)
         self.grace = grace
         self.slots = slots
+        self.scale_deadlines = scale_deadlines
+        self._cost: tuple[float, float | None] | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix="fsdp_testkit-", dir=folder))
@@ -151,13 +157,41 @@ class Harness:
         except EnvironmentLacksError:
             self._drop_links()
             raise
+        port = self._store[1] if self._store and needs_store else 0
+        with nullcontext("") if self.slots is None else self.slots.lease(job.processes) as problem:
+            if self.scale_deadlines and attempt == 0:
+                self._measure()
+            scale, seconds = 1.0, None
+            if self.scale_deadlines and self._cost is not None:
+                seconds = self._cost[1]
+                scale = load.factor(seconds)
+            # a measurement that took the server with it has put another in its place
+            link = self._link(job)
+            link.wait_ready()
+            report = self._attempt(
+                replace(job, deadline=min(MAX_DEADLINE, job.deadline * scale)), identity, attempt, link, port
+            )
+        if problem:
+            report.notes.append(problem)
+        if scale > 1 and report.failure is not None and report.failure.kind == "hang":
+            report.failure.text = f"{load.remark(job.deadline, scale, seconds)}\n\n{report.failure.text}"
+        return report
+
+    def _measure(self) -> None:
+        now = time.monotonic()
+        if self._cost is not None and now - self._cost[0] < load.VALID:
+            return
+        job = Job(target=load.TARGET, comm="none", deadline=load.LIMIT)
+        report = self._attempt(job, uuid.uuid4().hex[:12], 0, self._link(job), 0)
+        value = report.replies[0].value
+        self._cost = (now, float(value) if isinstance(value, float) else None)
+        report.discard()
+
+    def _attempt(self, job: Job, identity: str, attempt: int, link: ServerLink, port: int) -> JobReport:
         folder = self.folder / f"{identity}-{attempt}"
-        run = Run(job, identity, attempt, folder, link, self._store[1] if self._store and needs_store else 0)
+        run = Run(job, identity, attempt, folder, link, port)
         try:
-            with nullcontext("") if self.slots is None else self.slots.lease(job.processes) as problem:
-                if problem:
-                    run.notes.append(problem)
-                report = run.execute(self.grace)
+            report = run.execute(self.grace)
         except BaseException:  # Ctrl-C above all: nothing may be left behind, whatever interrupted the wait
             self._drop_links()
             shutil.rmtree(folder, ignore_errors=True)
