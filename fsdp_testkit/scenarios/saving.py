@@ -11,7 +11,6 @@ from torch import nn
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.layout import Layout
-from fsdp_testkit.models.build import build_model
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, inner_model, reply, resolved, torch_dtype
@@ -58,11 +57,8 @@ def observe_reload(case: Case, backend: Any, folder: Path, rank: int) -> Evidenc
     return evidence
 
 
-def plain(context: Any, *, case: str, folder: str, reference: str) -> dict[str, Any]:
-    """Load ``folder`` with plain ``from_pretrained`` in one process, and save a model the ordinary way.
-
-    The ordinary save lands in the folder ``reference``: its key set is what a single-process save writes.
-    """
+def plain(context: Any, *, case: str, folder: str) -> dict[str, Any]:
+    """Load ``folder`` with plain ``from_pretrained`` in one process."""
     parsed = Case.from_json(case)
     _, model_class = resolved(parsed.model)
     evidence = Evidence(rank=context.rank)
@@ -72,8 +68,6 @@ def plain(context: Any, *, case: str, folder: str, reference: str) -> dict[str, 
     evidence.facts["loading_info"] = {
         key: sorted(str(item) for item in value) for key, value in info.items() if value is not None and value
     }
-    ordinary: Any = build_model(parsed.model, seed=parsed.seed, dtype=torch_dtype(parsed.dtype))
-    ordinary.save_pretrained(reference)
     return reply(context, evidence)
 
 
