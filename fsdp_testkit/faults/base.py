@@ -14,6 +14,7 @@ from torch import nn
 
 from fsdp_testkit.backends.base import Backend, OptimizerConfig, StepOutput
 from fsdp_testkit.core.case import Case
+from fsdp_testkit.faults.bugs import BUGS
 
 
 class Fault:
@@ -25,6 +26,12 @@ class Fault:
     Class attributes: ``story`` (one line), ``thread`` (public report, if it re-creates one), ``test`` and
     ``variant`` (where it shows), ``checks`` (names of checks of which at least one must have a finding),
     ``model`` (a model type that shows it).
+
+    A bug of the museum names itself, ``class TieBroken(Fault, bug="tie-lost-after-to-empty")``; its thread is that
+    of `fsdp_testkit.faults.bugs.BUGS`. It also has ``causes`` (of `fsdp_testkit.faults.museum.CAUSES`, the first
+    one is the expected one), and where needed: ``fields`` (of `Case`, other than the test's own), ``dropout``,
+    ``deadline`` (seconds of a job that hangs), ``says`` (text that a finding's message must hold), ``blamed``
+    (the rank that a failure must be attributed to), ``also`` (further (test, variant, check) that must go red).
     """
 
     story: ClassVar[str] = ""
@@ -33,6 +40,20 @@ class Fault:
     variant: ClassVar[str] = "untied"
     checks: ClassVar[tuple[str, ...]] = ()
     model: ClassVar[str] = "llama"
+    bug: ClassVar[str] = ""
+    causes: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[tuple[tuple[str, Any], ...]] = ()
+    dropout: ClassVar[float] = 0.0
+    deadline: ClassVar[float] = 0.0
+    says: ClassVar[str] = ""
+    blamed: ClassVar[int | None] = None
+    also: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+
+    def __init_subclass__(cls, *, bug: str = "", **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.bug = bug
+        if bug:
+            cls.thread = BUGS[bug][0]
 
     def __init__(self) -> None:
         self.hits = 0

@@ -32,12 +32,12 @@ class NoReduce:
         self.fault.hit()
 
 
-class ReductionSkipped(Fault):
+class ReductionSkipped(Fault, bug="ignored-modules-not-synced"):
     """The gradients of one FSDP unit are never reduced."""
 
     story = "one block's gradients stay each rank's own"
-    thread = "https://github.com/pytorch/pytorch/issues/98281"
     checks = ("gradients",)
+    causes = ("never reduced",)
 
     def after_load(self, model: nn.Module) -> nn.Module:
         """Give the last nested unit a reduce-scatter that does not communicate."""
@@ -47,12 +47,12 @@ class ReductionSkipped(Fault):
         return model
 
 
-class SummedNotAveraged(Fault):
+class SummedNotAveraged(Fault, bug="grads-summed-not-averaged"):
     """Gradients are summed over ranks where the mean is meant."""
 
     story = "all gradients are too large by the number of ranks"
-    thread = "https://github.com/facebookresearch/dinov3/pull/250"
     checks = ("gradients", "gradient_norm")
+    causes = ("wrong factor",)
 
     def after_load(self, model: nn.Module) -> nn.Module:
         """Divide by one instead of the number of ranks."""
@@ -83,12 +83,12 @@ class ReplicaDrifts(Fault):
         self.hit()
 
 
-class TokensIgnored(Fault):
+class TokensIgnored(Fault, bug="per-rank-token-normaliser-bias"):
     """Each rank divides by its own token count where the global one is declared."""
 
     story = "ranks with few valid tokens get too much weight"
-    thread = "https://github.com/PrimeIntellect-ai/prime-rl/pull/2359"
     checks = ("gradients",)
+    causes = ("wrong normaliser",)
 
     def wrap(self, backend: Any) -> Any:
         """Replace the declared normaliser."""
@@ -104,13 +104,13 @@ class TokensIgnored(Fault):
         return outer
 
 
-class FrozenTrained(Fault):
+class FrozenTrained(Fault, bug="flat-param-uniform-requires-grad"):
     """Parameters that should be frozen get gradients all the same."""
 
     story = "requires_grad=False is lost"
-    thread = "https://github.com/mosaicml/llm-foundry/issues/414"
     test = "manual_vs_ddp"
     checks = ("movement", "gradients")
+    causes = ("trained set changed",)
 
     def optimizer_model(self, model: nn.Module) -> nn.Module:
         """Make everything trainable just before the optimizer is built."""

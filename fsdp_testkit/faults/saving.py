@@ -45,14 +45,14 @@ class NormDropped(Fault):
         dist.barrier()
 
 
-class TiedSavedTwice(Fault):
+class TiedSavedTwice(Fault, bug="tied-alias-saved-twice"):
     """A tied weight is stored under both of its names."""
 
     story = "the alias of a tied weight is saved too"
-    thread = "https://github.com/verl-project/verl/pull/6334"
     test = "save_load"
     variant = "tied"
     checks = ("files", "ranks")
+    causes = ("key missing or extra in a file",)
 
     def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
         """Add the alias on rank 0."""
@@ -69,13 +69,13 @@ class TiedSavedTwice(Fault):
         dist.barrier()
 
 
-class OneSliceSaved(Fault):
+class OneSliceSaved(Fault, bug="adapter-save-keeps-rank0-slice-only"):
     """The file holds rank 0's slice of one tensor; the rest is what was in memory."""
 
     story = "rank 0's slice stands for the whole tensor"
-    thread = "https://github.com/huggingface/accelerate/pull/4206"
     test = "save_load"
     checks = ("reload",)
+    causes = ("wrong slice",)
 
     def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
         """Zero the rows of the other ranks on rank 0."""
@@ -126,12 +126,12 @@ class StaleWeightsSaved(Fault):
                 parameter.to_local().copy_(value)
 
 
-class StaleOptimizer(Fault):
+class StaleOptimizer(Fault, bug="optimizer-holds-unsharded-root-params"):
     """The optimizer holds a parameter object that the model no longer has."""
 
     story = "one parameter of the optimizer is a copy from before sharding"
-    thread = "https://github.com/pytorch/pytorch/issues/149205"
     checks = ("optimizer_binding", "movement")
+    causes = ("optimizer on other tensors",)
 
     def after_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Replace one parameter of the first group by a detached copy."""
@@ -141,14 +141,14 @@ class StaleOptimizer(Fault):
         self.hit()
 
 
-class OptimizerNotRestored(Fault):
+class OptimizerNotRestored(Fault, bug="moments-never-loaded-lazy-state"):
     """Moments start from zero after a resume."""
 
     story = "the optimizer's state is not restored"
-    thread = "https://github.com/KempnerInstitute/KempnerForge/pull/115"
     test = "resume"
     variant = "default"
     checks = ("restored_optimizer", "resumed_weights")
+    causes = ("state not restored",)
 
     def load_training(self, inner: Backend, arguments: tuple[Any, ...]) -> None:
         """Restore, then forget the optimizer's state."""
@@ -174,14 +174,14 @@ class RngNotRestored(Fault):
         self.hit()
 
 
-class SchedulerNotRestored(Fault):
+class SchedulerNotRestored(Fault, bug="lr-not-loaded"):
     """The learning-rate schedule starts again."""
 
     story = "the scheduler's state is not restored"
-    thread = "https://github.com/pytorch/pytorch/pull/129683"
     test = "resume"
     variant = "default"
     checks = ("resumed_lrs",)
+    causes = ("state not restored",)
 
     def load_training(self, inner: Backend, arguments: tuple[Any, ...]) -> None:
         """Put the scheduler and the learning rates back to their start."""

@@ -54,13 +54,13 @@ class RootNotWrapped(Fault):
         return [(fully_shard, partial)]
 
 
-class ReshardSwapped(Fault):
+class ReshardSwapped(Fault, bug="root-never-resharded"):
     """Reshard-after-forward flags are the opposite of what the plan says."""
 
     story = "blocks keep their weights, head and norm free theirs"
-    thread = "https://github.com/pytorch/pytorch/issues/154655"
     test = "sharding_structure"
     checks = ("reshard",)
+    causes = ("not resharded",)
 
     def after_load(self, model: nn.Module) -> nn.Module:
         """Keep every block's full weight after forward."""

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor
 from fsdp_testkit.faults.base import Fault
 
 
-class TieBroken(Fault):
+class TieBroken(Fault, bug="tie-lost-after-to-empty"):
     """The head becomes a tensor of its own with the embedding's values."""
 
     story = "the tie is lost in materialising; values agree until the first step"
-    thread = "https://github.com/verl-project/verl/pull/7835"
     variant = "tied"
-    checks = ("ties", "gradients", "structure")
+    checks: ClassVar[tuple[str, ...]] = ("ties", "gradients", "structure")
+    causes: ClassVar[tuple[str, ...]] = ("tie lost",)
 
     def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Load a copy of the checkpoint in which the head is stored, and the tie is off."""
@@ -47,14 +47,14 @@ class TieBroken(Fault):
         return arguments | {"checkpoint": copy}
 
 
-class RotaryWrongOnRank1(Fault):
+class RotaryWrongOnRank1(Fault, bug="inv-freq-uninit-and-bf16-ref-worker"):
     """A non-persistent rotary buffer holds other values on rank 1."""
 
     story = "rank 1's inv_freq was never filled"
-    thread = "https://github.com/EvolvingLMMs-Lab/lmms-engine/pull/185"
     test = "buffers_dtypes"
     variant = "default"
     checks = ("buffers",)
+    causes = ("buffer differs between ranks",)
 
     def after_load(self, model: nn.Module) -> nn.Module:
         """Fill the buffer with garbage on rank 1 only."""
@@ -66,12 +66,12 @@ class RotaryWrongOnRank1(Fault):
         return model
 
 
-class LastRowLost(Fault):
+class LastRowLost(Fault, bug="uneven-first-dim-full-load"):
     """The last row of an unevenly sharded parameter is lost in loading."""
 
     story = "the last row of an uneven shard is zero"
-    thread = "https://github.com/pytorch/pytorch/issues/136228"
     checks = ("initial_weights",)
+    causes = ("padded rows lost",)
 
     def after_load(self, model: nn.Module) -> nn.Module:
         """Zero the last local row on the last rank, where rows do not divide."""
@@ -84,15 +84,15 @@ class LastRowLost(Fault):
         return model
 
 
-class KeptModuleCast(Fault):
+class KeptModuleCast(Fault, bug="fp32-kept-modules-flattened"):
     """Modules that the model keeps in fp32 are loaded in bf16."""
 
     story = "fp32-kept modules are cast with the rest"
-    thread = "https://github.com/verl-project/verl/issues/7165"
     test = "buffers_dtypes"
     variant = "default"
     model = "hy_v4"  # keeps parameters in fp32 inside a bf16 model, strictly
     checks = ("dtypes",)
+    causes = ("wrong dtype",)
 
     def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Empty the classes' lists of kept modules, as a cast that does not know them would."""
@@ -113,15 +113,15 @@ class KeptModuleCast(Fault):
         return model
 
 
-class BuffersCast(Fault):
+class BuffersCast(Fault, bug="rope-freq-downcast-by-blanket-cast"):
     """A blanket cast to bf16 takes the buffers along."""
 
     story = "rotary frequencies and router biases are cast with the weights"
-    thread = "https://github.com/deepspeedai/DeepSpeed/pull/8066"
     test = "buffers_dtypes"
     variant = "default"
     model = "glm_moe_dsa"
     checks = ("buffers",)
+    causes = ("wrong dtype",)
 
     def after_load(self, model: nn.Module) -> nn.Module:
         """Cast every floating buffer of a bf16 model."""
@@ -134,14 +134,17 @@ class BuffersCast(Fault):
         return model
 
 
-class EveryRankLoadsAll(Fault):
+class EveryRankLoadsAll(Fault, bug="ram-efficient-load-still-full-everywhere"):
     """Every rank builds and initialises the whole model before it shards it."""
 
     story = "the memory-efficient switch has no effect"
-    thread = "https://github.com/huggingface/transformers/issues/43749"
     test = "meta_init"
     variant = "default"
     checks = ("meta_init",)
+    causes = (
+        "switch without effect",
+        "memory held",
+    )
 
     def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Build a full model in vain."""

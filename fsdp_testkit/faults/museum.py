@@ -1,0 +1,251 @@
+"""The museum: which public bug has a fault, how it is run, and what must then be found."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from fsdp_testkit.core.case import Case, ModelSpec
+from fsdp_testkit.core.result import Result
+from fsdp_testkit.engine.engine import Engine, judge_hits
+from fsdp_testkit.engine.tests import FSDP2, HSDP, MAX_NORMS, PROCEDURES, training
+from fsdp_testkit.engine.work import SpecWork
+from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.bugs import BUGS, FAMILIES
+
+MODULES = (
+    "gradients",
+    "saving",
+    "structure",
+    "weights",
+    "bugs_in_training",
+    "bugs_in_loading",
+    "bugs_in_saving",
+    "bugs_between_ranks",
+)
+
+#: The closed list of causes, each defined by the evidence that shows it.
+CAUSES: dict[str, str] = {
+    "never reduced": "a rank's gradient is its own data's alone",
+    "reduced over the wrong group": "tensors lie on, or sums run over, other ranks than the layout says",
+    "wrong factor": "gradients are a fixed multiple of the right ones",
+    "wrong normaliser": "gradients are off by ratios that change with the number of tokens",
+    "gradient part lost": "a gradient is missing, or lacks a micro-batch or a path",
+    "norm of one rank": "a norm was taken over one rank's shards",
+    "tie lost": "names that shared one parameter have two",
+    "buffer not filled": "a buffer holds memory that nothing wrote, or zeros",
+    "buffer differs between ranks": "a buffer is right on some ranks only",
+    "weight not loaded": "a weight after loading is not what the file holds",
+    "wrong slice": "a shard holds values of another place of the same tensor",
+    "padded rows lost": "the last rows of a tensor that does not divide evenly are wrong",
+    "replica diverged": "ranks that should hold equal bits do not",
+    "trained set changed": "other tensors are parameters, or trainable, than in the model",
+    "optimizer on other tensors": "the optimizer holds objects that are not the model's, or other groups of them",
+    "state not restored": "optimizer or scheduler after a resume are not what was saved",
+    "RNG not restored": "random numbers after a resume or in a recomputation are not those of the plain run",
+    "forward reads other weights": "a forward computes with something else than the gathered, current weights",
+    "wrong dtype": "a tensor is kept, computed or stored in another dtype than declared",
+    "key missing or extra in a file": "a saved folder has other keys or shapes than a single-process save",
+    "not wrapped": "a module is not the FSDP unit that the plan makes it",
+    "wrapped twice": "a parameter belongs to two units, or is taken to",
+    "not resharded": "weights stay gathered, or are freed, against the plan",
+    "memory held": "a load allocates or initialises what the rank does not keep",
+    "switch without effect": "an option is accepted and changes nothing",
+    "collective mismatch": "ranks enter different collectives",
+    "rank died": "one rank raised or died; the others only show it",
+    "rank stuck": "a rank waits for something that never comes",
+    "rounding only": "only the low bits differ: in fp64 the runs agree",
+}
+
+#: Bugs without a fault, each with what it would take.
+NOT_REAL: dict[str, str] = {
+    "tied-guard-never-fires": "needs a test that gives every rank a configuration which has to be refused",
+    "indexing-dtensor-gathers-everything": "values stay right: needs a count of collectives in converting",
+    "no-sync-is-noop": "values stay right: needs a count of reductions over several micro-batches",
+    "two-forwards-before-backward": "needs a training step with two forwards before its backward, under checkpointing",
+    "nonfinite-guard-ignored": "needs a test with a non-finite gradient on one rank, which all ranks have to refuse",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One bug of the list.
+
+    Attributes:
+        bug: its id.
+        thread: where it was reported.
+        families: keys of `fsdp_testkit.faults.bugs.FAMILIES`.
+        fault: the class that re-creates it, or ``None``.
+        reason: why there is none, or ``""``.
+    """
+
+    bug: str
+    thread: str
+    families: tuple[int, ...]
+    fault: type[Fault] | None
+    reason: str
+
+    @property
+    def real(self) -> bool:
+        """Whether the bug is re-created."""
+        return self.fault is not None
+
+
+@lru_cache(maxsize=1)
+def entries() -> tuple[Entry, ...]:
+    """Return one entry per bug, in the order of the list.
+
+    Raises:
+        ValueError: two faults claim one bug, or a bug has neither fault nor reason, or both.
+    """
+    faults: dict[str, type[Fault]] = {}
+    for name in MODULES:
+        module = importlib.import_module(f"fsdp_testkit.faults.{name}")
+        for _, member in inspect.getmembers(module, inspect.isclass):
+            if issubclass(member, Fault) and member.__module__ == module.__name__ and member.bug:
+                if member.bug in faults:
+                    raise ValueError(f"{member.__name__} and {faults[member.bug].__name__} both claim {member.bug}")
+                faults[member.bug] = member
+    wrong = [bug for bug in BUGS if (bug in faults) == (bug in NOT_REAL)]
+    if wrong:
+        raise ValueError(f"bugs need either a fault or a reason: {wrong}")
+    return tuple(
+        Entry(bug, thread, families, faults.get(bug), NOT_REAL.get(bug, "")) for bug, (thread, families) in BUGS.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a run under a fault gave.
+
+    Attributes:
+        rows: the result rows of all tests that were run.
+        hits: activations of the fault.
+        missing: what should have been found and was not; empty when the bug was caught for the right reason.
+    """
+
+    rows: list[Result]
+    hits: int
+    missing: list[str]
+
+
+def show(engine: Engine, fault: type[Fault]) -> Shown:
+    """Run the tests that a fault names, under the fault, and judge what they found."""
+    armed = engine.armed(f"{fault.__module__}:{fault.__qualname__}")
+    rows: list[Result] = []
+    hits = 0
+    missing = []
+    for test, variant, checks in [
+        (fault.test, fault.variant, fault.checks),
+        *((test, variant, (check,)) for test, variant, check in fault.also),
+    ]:
+        part = run(armed, fault, test, variant)
+        found = [finding for row in part for finding in row.findings if finding["check"] in checks]
+        if not any(row.outcome == "failed" for row in part):
+            missing.append(f"{test} {variant} is {', '.join(row.outcome for row in part)} instead of failed")
+        if not found:
+            seen = sorted({finding["check"] for row in part for finding in row.findings})
+            missing.append(f"{test} {variant}: no finding of {', '.join(checks)} but of {', '.join(seen)}")
+        reports = [finding["message"] + row.extra.get("report", "") for row in part for finding in row.findings]
+        if fault.says and not any(fault.says in text for text in reports):
+            missing.append(f"no message says {fault.says!r}")
+        if found and fault.blamed is not None and not any(item.get("rank") == fault.blamed for item in found):
+            missing.append(f"rank {fault.blamed} is not blamed, but {sorted({str(i.get('rank')) for i in found})}")
+        hits += part[0].extra["fault_hits"]
+        rows += part
+    if hits <= 0:
+        missing.append("the fault was never hit")
+    return Shown(rows, hits, missing)
+
+
+def run(engine: Engine, fault: type[Fault], test: str, variant: str) -> list[Result]:
+    """Run one test with the fault's own fields, on ``engine`` as it is: armed, or plain to see it green."""
+    tie = {"untied": False, "tied": True, "default": None}[variant]
+    work = engine.work(ModelSpec(model_type=fault.model, tie=tie, dropout=fault.dropout))
+    before, patience = engine._hits(), work._deadline
+    work._deadline = fault.deadline if fault.deadline and engine.settings.fault else patience
+    try:
+        if fault.fields:
+            outcomes = training(engine, work, special_case(engine, work, fault, test))
+        else:
+            outcomes = PROCEDURES[test](engine, work)
+    finally:
+        work._deadline = patience
+    if engine.settings.fault:
+        judge_hits(outcomes, engine._hits() - before)
+    return [outcome.to_result(work.spec, test, variant, engine.settings.backend, 0.0) for outcome in outcomes]
+
+
+def special_case(engine: Engine, work: SpecWork, fault: type[Fault], test: str) -> Case:
+    """Return a training case like that of ``test`` with the fault's fields."""
+    layout = HSDP if test == "hsdp_vs_ddp" else FSDP2
+    case = engine.case(work, test, layout, max_norms=MAX_NORMS)
+    if fault.dropout:
+        case = replace(case, max_norms=(0.0,))  # the bound was chosen without dropout
+    return replace(case, **dict(fault.fields))
+
+
+def sample() -> list[type[Fault]]:
+    """Return the cheapest faults that together have every cause of the museum as their first one."""
+    chosen: dict[str, type[Fault]] = {}
+    for entry in entries():
+        if entry.fault is None:
+            continue
+        best = chosen.get(entry.fault.causes[0])
+        if best is None or _price(entry.fault) < _price(best):
+            chosen[entry.fault.causes[0]] = entry.fault
+    return list(chosen.values())
+
+
+def _price(fault: type[Fault]) -> float:
+    """Return a guess of the seconds that a fault takes: waiting, ranks, models and tests that are not shared."""
+    tests = {"meta_init": 1.0, "buffers_dtypes": 1.0, "auto_vs_ddp": 1.5, "sharding_structure": 1.5, "save_load": 2.0}
+    slow = 2.0 * len(fault.also) + (3.0 if fault.model != "llama" or fault.fields or fault.dropout else 0.0)
+    return tests.get(fault.test, 3.0) + 2.0 * fault.deadline + slow
+
+
+def page() -> str:
+    """Return `docs/museum.md`."""
+    listed = entries()
+    real = [entry for entry in listed if entry.real]
+    lines = [
+        "# The museum",
+        "",
+        "Publicly reported bugs of sharded training, re-created as small faults. Each one is armed on real ranks, and",
+        "the kit has to go red for the right reason: the named check has a finding, the fault counted its hits, and",
+        "without the fault the same test is green. `pytest tests/museum` runs a sample with every cause,",
+        "`pytest tests/museum -m museum` runs all. This page is generated: `python -m fsdp_testkit.faults.museum`.",
+        "",
+        f"**{len(real)} of {len(listed)}** are re-created; the others say what they would need.",
+        "",
+        "| bug | families | story | test | checks | cause |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in real:
+        fault = entry.fault
+        assert fault is not None
+        test = f"{fault.test} ({fault.variant}, {fault.model})"
+        checks = ", ".join(fault.checks)
+        families = ", ".join(FAMILIES[number] for number in entry.families)
+        lines.append(
+            f"| [{entry.bug}]({entry.thread}) | {families} | {fault.story} | {test} | {checks} "
+            f"| {'; '.join(fault.causes)} |"
+        )
+    lines += ["", "## Not re-created", "", "| bug | families | what it would need |", "|---|---|---|"]
+    for entry in listed:
+        if not entry.real:
+            families = ", ".join(FAMILIES[number] for number in entry.families)
+            lines.append(f"| [{entry.bug}]({entry.thread}) | {families} | {entry.reason} |")
+    lines += ["", "## Causes", "", "The list is closed; each cause is defined by the evidence that shows it.", ""]
+    lines += ["| cause | evidence | bugs |", "|---|---|---|"]
+    for cause, evidence in CAUSES.items():
+        count = sum(entry.fault is not None and entry.fault.causes[0] == cause for entry in listed)
+        lines.append(f"| {cause} | {evidence} | {count} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    Path("docs/museum.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,102 @@
+"""Every bug of the museum turns the named check red, for the right reason, and leaves the next run clean.
+
+By default a sample runs that has every cause; ``-m museum`` runs all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fsdp_testkit.core.result import Result
+from fsdp_testkit.engine.engine import Engine, Settings
+from fsdp_testkit.faults import museum
+from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.bugs import BUGS, FAMILIES
+
+PAGE = Path(__file__).parents[2] / "docs" / "museum.md"
+
+
+def by_model(fault: type[Fault]) -> tuple[str, float, str, str, str]:
+    """Faults of one model and test share truth and checkpoints."""
+    return fault.model, fault.dropout, fault.variant, fault.test, fault.bug
+
+
+SAMPLE = sorted(museum.sample(), key=by_model)
+REST = sorted(
+    (entry.fault for entry in museum.entries() if entry.fault is not None and entry.fault not in SAMPLE), key=by_model
+)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine(Settings())
+    yield engine
+    engine.close()
+
+
+def caught(engine: Engine, fault: type[Fault]) -> None:
+    shown = museum.show(engine, fault)
+    assert not shown.missing, "\n".join([*shown.missing, describe(shown.rows)])
+
+
+@pytest.mark.museum
+@pytest.mark.parametrize("fault", SAMPLE, ids=lambda fault: fault.bug)
+def test_a_bug_of_every_cause_is_caught(engine: Engine, fault: type[Fault]) -> None:
+    caught(engine, fault)
+
+
+@pytest.mark.museum
+@pytest.mark.museum_rest
+@pytest.mark.parametrize("fault", REST, ids=lambda fault: fault.bug)
+def test_bug_is_caught(engine: Engine, fault: type[Fault]) -> None:
+    caught(engine, fault)
+
+
+def runs(faults: list[type[Fault]]) -> list[type[Fault]]:
+    """Return one fault for each kind of run that the faults make."""
+    kinds = {(fault.model, fault.variant, fault.test, fault.fields, fault.dropout): fault for fault in faults}
+    return list(kinds.values())
+
+
+@pytest.mark.museum
+@pytest.mark.museum_rest
+@pytest.mark.parametrize("fault", runs([*SAMPLE, *REST]), ids=lambda fault: fault.bug)
+def test_green_without_the_fault(engine: Engine, fault: type[Fault]) -> None:
+    for test, variant in {(fault.test, fault.variant), *((test, variant) for test, variant, _ in fault.also)}:
+        rows = museum.run(engine, fault, test, variant)
+        assert [row.outcome for row in rows] == ["passed"] * len(rows), describe(rows)
+
+
+def test_every_bug_has_a_fault_or_a_reason() -> None:
+    assert len(BUGS) == 103
+    assert [entry.bug for entry in museum.entries()] == list(BUGS)
+    assert all(entry.real != bool(entry.reason) for entry in museum.entries())
+    assert museum.NOT_REAL.keys() <= BUGS.keys()
+
+
+def test_every_entry_is_complete() -> None:
+    for bug, (thread, families) in BUGS.items():
+        assert thread.startswith("https://github.com/"), bug
+        assert families, bug
+        assert set(families) <= FAMILIES.keys(), bug
+    for fault in [*SAMPLE, *REST]:
+        assert fault.story, fault
+        assert fault.checks, fault
+        assert fault.causes, fault
+        assert set(fault.causes) <= museum.CAUSES.keys(), fault
+        assert fault.thread == BUGS[fault.bug][0]
+
+
+def test_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == museum.page(), "run: python -m fsdp_testkit.faults.museum"
+
+
+def describe(rows: list[Result]) -> str:
+    return "\n".join(
+        f"{row.layout}: {row.outcome} {row.reason} {row.extra.get('report', '')[:2000]}"
+        for row in rows
+        if row.outcome != "passed"
+    )
