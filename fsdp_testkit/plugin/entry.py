@@ -6,7 +6,19 @@ import importlib
 
 import pytest
 
-PARTS = ("options", "slots", "deadline", "lifetime", "header", "items", "scheduling", "sharding", "rows", "summary")
+PARTS = (
+    "options",
+    "slots",
+    "deadline",
+    "ranks_marker",
+    "lifetime",
+    "header",
+    "items",
+    "scheduling",
+    "sharding",
+    "rows",
+    "summary",
+)
 
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
