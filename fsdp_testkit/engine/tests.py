@@ -39,7 +39,7 @@ HSDP = Layout(kind="hsdp", replicate=2, shard=2)
 CLAIMED: dict[Layout, tuple[int, ...]] = {
     Layout(kind="fsdp", shard=3, comm="fake"): (0, 1, 2),
     Layout(kind="fsdp", shard=8, comm="fake"): (7,),
-    Layout(kind="hsdp", replicate=2, shard=4, comm="fake"): (6,),
+    Layout(kind="hsdp", replicate=2, shard=4, comm="fake"): (7,),
 }
 #: Clipping is really active in the last of five steps (asserted), and measured only in the others.
 MAX_NORMS = (0.0, 0.0, 0.0, 0.0, 0.02)
@@ -62,18 +62,25 @@ def sharding_structure(engine: Engine, work: SpecWork) -> list[Outcome]:
         for layout, ranks in CLAIMED.items()
         for rank in ranks
     ]
-    fake = work.job(
+    together = claim(work, claims)
+    for layout in CLAIMED:
+        mine = [index for index, (claimed, _) in enumerate(claims) if claimed.layout == layout]
+        # a layout must not fail for another one's failure
+        run = claim(work, [claims[index] for index in mine]) if together.failure else together
+        found = [] if run.failure else run.get() if together.failure else [run.get()[index] for index in mine]
+        outcomes.append(judged(claims[mine[0]][0], run, partial(check_structure, found, tree, layout)))
+    return outcomes
+
+
+def claim(work: SpecWork, claims: list[tuple[Case, int]]) -> Run:
+    """Run lone processes that each claim to be one rank of a layout."""
+    return work.job(
         "structure:run",
-        {"claims": [[claim.to_json(), rank] for claim, rank in claims], "checkpoint": str(work.checkpoint)},
+        {"claims": [[case.to_json(), rank] for case, rank in claims], "checkpoint": str(work.checkpoint)},
         Layout(kind="fsdp", shard=len(claims)),
         name=f"{work.spec.model_type} claimed structure",
         comm="none",
     )
-    for layout in CLAIMED:
-        mine = [index for index, (claim, _) in enumerate(claims) if claim.layout == layout]
-        found = [] if fake.failure else [fake.get()[index] for index in mine]
-        outcomes.append(judged(claims[mine[0]][0], fake, partial(check_structure, found, tree, layout)))
-    return outcomes
 
 
 def buffers_dtypes(engine: Engine, work: SpecWork) -> list[Outcome]:
