@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ _CONSEQUENCE = re.compile(
 _FRAME = re.compile(r'^  File "(.+)", line (\d+|\?\?\?) in (.+)$')
 _WRAPPERS = frozenset({"wrapper", "inner", "decorate_context", "_fn", "func_wrapper", "__call__"})
 _C10D = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
+_STDLIB = sysconfig.get_path("stdlib") + "/"
 _OWN = str(Path(__file__).parent)
 
 
@@ -62,7 +64,9 @@ def sits_in(stack: str) -> tuple[str, str]:
     place = ""
     for frames in every:
         collective = collective or _collective(frames)
-        place = place or next((str(item) for item in frames if not _is_torch(item) and not _is_own(item)), "")
+        mine = [item for item in frames if not _is_torch(item) and not _is_own(item)]
+        # A wait inside the standard library is the business of who called it.
+        place = place or next((str(item) for item in [*(i for i in mine if not _is_stdlib(i)), *mine]), "")
     return collective, place
 
 
@@ -88,6 +92,10 @@ def _collective(frames: list[Frame]) -> str:
 
 def _is_torch(frame: Frame) -> bool:
     return "/torch/" in frame.file
+
+
+def _is_stdlib(frame: Frame) -> bool:
+    return frame.file.startswith((_STDLIB, "<frozen ")) and "-packages" not in frame.file
 
 
 def _is_own(frame: Frame) -> bool:

@@ -1,0 +1,160 @@
+"""What ranks run in the tests of the fault table. Imported on the ranks only; `rank` -1 means all ranks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+
+
+def reduce(size=1):
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.ones(size)
+    dist.all_reduce(tensor)
+
+
+def struck(context, rank):
+    context.observe()
+    reduce()
+    return rank in (-1, context.rank)
+
+
+def different(context, rank):
+    import torch.distributed as dist
+
+    context.observe()
+    dist.barrier()
+    if context.rank == rank:
+        raise ValueError(f"first, on rank {rank}")
+    time.sleep(0.5)
+    raise [KeyError, RuntimeError, LookupError, OSError][context.rank % 4](f"later, on rank {context.rank}")
+
+
+def thread_deadlock(context, rank):
+    if struck(context, rank):
+        lock = threading.Lock()
+        lock.acquire()
+        thread = threading.Thread(target=lock.acquire, daemon=True)
+        thread.start()
+        thread.join()
+    reduce()
+
+
+def huge_reply(context, rank):
+    return "x" * (65 << 20) if struck(context, rank) else 1
+
+
+def memory(context, rank):
+    if struck(context, rank):
+        pages = int(open("/proc/self/statm").read().split()[0])  # noqa: PTH123, SIM115
+        limit = pages * resource.getpagesize() + (256 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        import torch
+
+        torch.ones(1 << 30)
+    reduce()
+
+
+def order(context, rank):
+    import torch
+    import torch.distributed as dist
+
+    context.observe()
+    one, parts = torch.ones(2), [torch.ones(2) for _ in range(context.world_size)]
+    if context.rank == rank:
+        dist.all_gather(parts, one)
+        dist.all_reduce(one)
+    else:
+        dist.all_reduce(one)
+        dist.all_gather(parts, one)
+    dist.barrier()
+
+
+def shapes(context, rank):
+    context.observe()
+    reduce(1000 if context.rank == rank else 1)
+
+
+def store_dropped(context, rank):
+    if struck(context, rank):
+        port = context.store.underlying_store.port
+        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+            try:
+                link = socket.socket(fileno=os.dup(int(name)))
+                if link.getpeername()[1] == port:
+                    link.shutdown(socket.SHUT_RDWR)
+            except (OSError, IndexError):
+                continue
+        context.store.get("what nobody has set")
+    reduce()
+
+
+def full_folder(context, rank):
+    if struck(context, rank):
+        # /dev/full answers like a file system without any room
+        (context.folder / "evidence").symlink_to("/dev/full")
+        (context.folder / "evidence").write_text("x" * 100_000)
+    reduce()
+
+
+def full_log(context, rank):
+    if struck(context, rank):
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, 1)
+        os.dup2(full, 2)
+        for _ in range(100):
+            sys.stdout.write("x" * 1000 + "\n")
+    reduce()
+
+
+def pollutes(context, rank):  # noqa: ARG001
+    import torch
+
+    context.observe()
+    os.environ["LEAK"] = "1"
+    os.chdir("/")
+    sys.path.insert(0, "/leak")
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch._C._set_deterministic_algorithms(True)  # the public function imports for seconds
+    torch.set_num_threads(2)
+    torch.manual_seed(99)
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    torch.distributed.new_group([context.rank], use_local_synchronization=True)
+    torch.__dict__["leak"] = bytearray(64 << 20)
+    raise RuntimeError("polluted")
+
+
+def state(context):
+    import torch
+
+    context.observe()
+    return [
+        os.environ.get("LEAK"),
+        os.getcwd(),  # noqa: PTH109
+        "/leak" in sys.path,
+        str(torch.get_default_dtype()),
+        str(torch.get_default_device()),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+        torch.initial_seed(),
+        threading.active_count(),
+        len(torch.distributed.distributed_c10d._world.pg_map),
+        "leak" in vars(torch),
+    ]
+
+
+def kills_parent(context, pid, number, folder):
+    (context.folder / "begun").write_text("x")
+    with open(f"{folder}/pid{context.rank}", "w") as file:  # noqa: PTH123
+        file.write(str(os.getpid()))
+    context.observe()
+    reduce()
+    if context.rank == 0:
+        os.kill(pid, number)
+    time.sleep(1000)
