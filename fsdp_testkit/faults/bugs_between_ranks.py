@@ -16,7 +16,7 @@ from fsdp_testkit.faults.base import Fault
 from fsdp_testkit.faults.parts import AroundMicroBatch, blocks_of, bypass
 
 #: Seconds after which a rank that waits is asked where it is.
-PATIENCE = 8.0
+PATIENCE = 10.0
 
 
 class _UnitSkipped(Fault):

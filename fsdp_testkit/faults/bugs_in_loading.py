@@ -325,6 +325,22 @@ class TieLostOffRank0(TieBroken, bug="param-init-fn-unties-per-module"):
         return super().before_load(arguments) if self.rank else arguments
 
 
+class GuardSeesNoTie(TieBroken, bug="tied-guard-never-fires"):
+    """A guard against tied weights looks at the wrapped model, where the tie is gone already."""
+
+    story = "a guard that compares live parameters finds nothing shared after wrapping, and lets a lost tie through"
+    test = "sharding_structure"
+    checks = ("ties",)
+    causes = ("tie lost", "switch without effect")
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Refuse a model with shared parameters: in vain."""
+        held = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+        if len(held) != len(set(held)):
+            raise RuntimeError("tied weights are not supported here")
+        return model
+
+
 class CopyAndEmptyBuffer(TieBroken, bug="meta-load-tied-head-copied"):
     """Two bugs at once: the head is a copy, and rotary buffers are never set."""
 

@@ -397,7 +397,6 @@ class MixedStreams(Fault, bug="rng-after-layout-change"):
     """Generators are restored where a rank finds a file of its own, and fresh elsewhere."""
 
     story = "rank 0 goes on with its saved random numbers while rank 1 starts new ones"
-    model = "gpt2"
     test = "resume"
     variant = "default"
     checks = ("resumed_rng",)
