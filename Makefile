@@ -14,14 +14,17 @@ TEST_WORKERS ?= 2
 BACKEND ?= reference
 REPORT ?= reports/matrix.json
 PYTEST_ARGS ?=
+SOAK_JOBS ?= 10000
 
-.PHONY: help install matrix matrix-all test lint format clean
+.PHONY: soak fault-table help install matrix matrix-all test lint format clean
 
 help:
 	@echo "make matrix      twenty headline models through all core tests (BACKEND=transformers for transformers' own)"
 	@echo "make matrix-all  every model type of the catalogue"
 	@echo "make test        the kit's own tests"
 	@echo "make lint        ruff, mypy --strict, schema of the workflows"
+	@echo "make soak        ten thousand small jobs: nothing may grow (SOAK_JOBS=1000 for fewer)"
+	@echo "make fault-table writes the table of docs/harness.md from a real run"
 	@echo "make clean       remove .venv, caches and reports"
 
 install: $(VENV)/.installed
@@ -49,6 +52,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+soak: install
+	$(BIN)/python tests/ranks/soak.py $(SOAK_JOBS)
+
+fault-table: install
+	$(BIN)/python tests/ranks/write_fault_table.py
 
 format: install
 	$(BIN)/ruff format .
