@@ -141,7 +141,14 @@ def doctor(_: argparse.Namespace) -> int:
     print(f"  GPUs           {', '.join(gpus()) or 'none that the driver lists'}")
     check_supported()
     print("torch and transformers are versions that the kit was run with")
-    return 0
+    from fsdp_testkit.ranks.doctor import examine
+
+    looks = examine()
+    for look in looks:
+        print(f"  {look.name:<22} {look.found}")
+        if look.advice:
+            print(f"  {'':<22} -> {look.advice}")
+    return 1 if any(look.fatal for look in looks) else 0
 
 
 def _line(row: Result) -> str:
@@ -180,6 +187,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", required=True, type=Path, metavar="FILE.json")
     command.set_defaults(run=merge)
 
-    command = commands.add_parser("doctor", help="versions and hardware, for bug reports")
+    command = commands.add_parser("doctor", help="versions, hardware, limits and a trial run, for bug reports")
     command.set_defaults(run=doctor)
     return parser
