@@ -10,6 +10,7 @@ from fsdp_testkit.engine.ledger import Ledger
 from fsdp_testkit.plugin import hooks
 from fsdp_testkit.plugin.options import RUN_OPTIONS, EngineOptions, is_worker, usage_errors
 from fsdp_testkit.plugin.session import EngineLike, KitSession, own_engine
+from fsdp_testkit.plugin.slots import session_slots
 
 SESSION = pytest.StashKey[KitSession]()
 #: What went wrong while engines were closed.
@@ -40,9 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_fsdp_make_engine(options: EngineOptions) -> EngineLike:
+def pytest_fsdp_make_engine(config: pytest.Config, options: EngineOptions) -> EngineLike:
     """Make the kit's own engine where no conftest brings another."""
-    return own_engine(options)
+    return own_engine(options, session_slots(config))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -44,12 +44,14 @@ class RunOptions:
         models: models of the matrix; ``None`` where the user chose none.
         report: where the JSON report goes.
         ledgers: files with known failures.
+        slots: ranks that run at the same time over all workers: ``none``, ``cores`` or a number.
     """
 
     engine: EngineOptions = field(default_factory=EngineOptions)
     models: tuple[str, ...] | None = None
     report: Path | None = None
     ledgers: tuple[Path, ...] = ()
+    slots: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for the report."""
@@ -70,6 +72,7 @@ _TEXT_OPTIONS: dict[str, tuple[str, str]] = {
     "deadline": ("SECONDS", "time limit of one job on the ranks (default 60)"),
     "device": ("NAME", "cpu or cuda (default cpu)"),
     "start-method": ("NAME", "forkserver or spawn (default forkserver; spawn with cuda)"),
+    "slots": ("N", "ranks at the same time over all xdist workers: a number, cores or none (default none)"),
     "fault": ("module:Class", "arm a fault: the checks have to find it"),
 }
 
@@ -137,6 +140,7 @@ def read_options(config: pytest.Config) -> RunOptions:
             fault=text("fault") or "",
         ),
         models=_models(text("models")),
+        slots=_slots(text("slots") or "none"),
         report=here / report if report is not None else (root / ini_report if ini_report else None),
         ledgers=(
             *config.getini("fsdp_ledger"),
@@ -226,6 +230,12 @@ def deadline(name: str, value: Any) -> float:
     if isinstance(value, bool) or not 0 < number < math.inf:
         raise UsageError(f"{name}={value!r} must be a number of seconds above 0")
     return number
+
+
+def _slots(value: str) -> str:
+    if value not in ("none", "cores") and not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise UsageError(f"--fsdp-slots={value!r} must be 'none', 'cores' or a number of at least 1")
+    return value
 
 
 def _models(value: str | None) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fsdp_testkit.plugin.options import RUN_OPTIONS
 from fsdp_testkit.ranks import LeasedSlots, SlotBroker, Slots
 
 BROKER = pytest.StashKey[SlotBroker]()
@@ -16,13 +17,15 @@ _ADDRESS = "fsdp_testkit_slots"
 def pytest_configure_node(node: Any) -> None:
     """Tell a worker of xdist where slots are to be had; the first one starts the broker."""
     config = node.config
+    if (wanted := config.stash[RUN_OPTIONS].slots) == "none":
+        return
     if BROKER not in config.stash:
-        config.stash[BROKER] = broker = SlotBroker()
+        config.stash[BROKER] = broker = SlotBroker(None if wanted == "cores" else int(wanted))
         config.add_cleanup(broker.close)
     node.workerinput[_ADDRESS] = config.stash[BROKER].address
 
 
 def session_slots(config: pytest.Config) -> Slots | None:
-    """Return the slots of this session; ``None`` where this is its only process, which runs one job at a time."""
+    """Return the slots of this session; ``None`` where none were asked for, and in a session of one process."""
     address = getattr(config, "workerinput", {}).get(_ADDRESS)
     return LeasedSlots(address) if address else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from plugin_project import Project
 
 TESTS = """
@@ -27,9 +28,10 @@ def test_lease(request, number):
 """
 
 
-def test_workers_lease_from_the_controller(project: Project) -> None:
+@pytest.mark.parametrize("slots", ["cores", "3"])
+def test_workers_lease_from_the_controller(project: Project, slots: str) -> None:
     project.pytester.makepyfile(TESTS)
-    project.run("-n", "2").assert_outcomes(passed=4)
+    project.run("-n", "2", "--fsdp-slots", slots).assert_outcomes(passed=4)
     lines = [line.split("|") for line in (project.path / "problems").read_text().splitlines()]
     assert [problem for problem, _ in lines] == [""] * 4
     assert len({pid for _, pid in lines}) == 2
@@ -39,5 +41,13 @@ def test_workers_lease_from_the_controller(project: Project) -> None:
 
 def test_a_single_process_needs_no_slots(project: Project) -> None:
     project.pytester.makepyfile(TESTS)
-    project.run().assert_outcomes(passed=4)
-    assert (project.path / "problems").read_text().count("none") == 4
+    project.run("--fsdp-slots", "cores").assert_outcomes(passed=4)
+    project.run("-n", "1").assert_outcomes(passed=4)
+    assert (project.path / "problems").read_text().count("none") == 8
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_a_wrong_number_is_refused(project: Project, value: str) -> None:
+    result = project.run(f"--fsdp-slots={value}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*--fsdp-slots='{value}' must be 'none', 'cores' or a number of at least 1"])

@@ -1,0 +1,93 @@
+"""The parent is struck in the middle of a job: nothing is left within five seconds, and other tests go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+#: Seconds for everything to be gone, and what a loaded machine gets on top.
+GONE, PATIENCE = 5.0, 10.0
+TESTS = """
+import os, signal, sys, time
+import pytest
+
+sys.path.insert(0, {here!r})
+
+@pytest.fixture
+def parent():
+    return os.getpid()
+
+@pytest.mark.ranks(2)
+def test_before(rank, world_size):
+    assert world_size == 2
+
+@pytest.mark.ranks(2)
+def test_struck(rank_context, parent):
+    import fault_targets
+    fault_targets.kills_parent(rank_context, parent, {number}, {folder!r})
+
+@pytest.mark.ranks(2)
+def test_after(rank, world_size):
+    assert world_size == 2
+"""
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def seconds_until(holds: Callable[[], bool], what: str) -> float:
+    begun = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begun < GONE + PATIENCE, what
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def run(folder: Path, number: int, *arguments: str) -> tuple[str, int, float]:
+    """Run a session of three tests whose second one sends ``number`` to its parent; what is left is waited for."""
+    temporary, seen = folder / "tmp", folder / "seen"
+    temporary.mkdir()
+    seen.mkdir()
+    (folder / "test_it.py").write_text(TESTS.format(here=str(HERE), number=int(number), folder=str(seen)))
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *arguments, str(folder / "test_it.py")],
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    pids = [int(path.read_text()) for path in seen.iterdir()]
+    assert len(pids) == 2, done.stdout + done.stderr
+    waited = seconds_until(lambda: all(map(gone, pids)), "a rank outlived its parent")
+    waited += seconds_until(lambda: not list(temporary.glob("fsdp_testkit-*")), "a folder outlived its parent")
+    return done.stdout + done.stderr, done.returncode, waited
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_session_that_is_ended_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    output, status, _ = run(tmp_path, number)
+    assert "test_before PASSED" in output
+    assert status == (pytest.ExitCode.INTERRUPTED if number == signal.SIGINT else -number)
+
+
+def test_a_worker_that_dies_in_a_job_costs_one_test(tmp_path: Path) -> None:
+    output, status, _ = run(tmp_path, signal.SIGKILL, "-n", "1")
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+    assert "crashed while running 'test_it.py::test_struck'" in output
+    assert "1 failed, 2 passed" in output
