@@ -34,6 +34,8 @@ DEFAULT_PRELOAD = (
     "torch.distributed.tensor",
     "torch.optim",
 )
+#: Jobs that meet at one store. Their keys stay in it, in this process; a new store gives the memory back.
+STORE_JOBS = 100
 DETAIL = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
 
 
@@ -81,6 +83,7 @@ class Harness:
         self._keeps_jobs = folder is not None
         self._links: dict[str, ServerLink] = {}
         self._store: tuple[Any, int] | None = None
+        self._store_jobs = 0
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._closed = False
@@ -150,8 +153,11 @@ class Harness:
     def _run(self, job: Job, identity: str, attempt: int) -> JobReport:
         link = self._link(job)
         needs_store = job.comm in ("gloo", "nccl") or job.processes > 1
-        if needs_store and self._store is None:
-            self._store = open_store()
+        if needs_store:
+            if self._store is None or self._store_jobs >= STORE_JOBS:
+                self._store = None  # the old one ends before the new one begins
+                self._store, self._store_jobs = open_store(), 0
+            self._store_jobs += 1
         try:
             link.wait_ready()
         except EnvironmentLacksError:

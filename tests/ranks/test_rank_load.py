@@ -7,6 +7,7 @@ import time
 import pytest
 
 from fsdp_testkit.ranks import Harness, Job, load
+from fsdp_testkit.ranks import harness as harness_module
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,14 @@ def test_the_machine_is_measured_once_for_many_jobs(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(load, "VALID", 0.0)
         harness.run(Job(target="targets:plain", comm="none"))
         assert harness._cost != first
+
+
+def test_a_new_store_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness_module, "STORE_JOBS", 2)
+    with Harness(preload=("torch.distributed",)) as harness:
+        ports = set()
+        for _ in range(5):
+            assert harness.run(Job(target="targets:good", world_size=2)).outcome == "passed"
+            assert harness._store is not None
+            ports.add(harness._store[1])
+    assert len(ports) == 3
