@@ -93,6 +93,8 @@ class Engine:
         self._harness: Harness | None = None
         self._folder: Path | None = None
         self._works: dict[ModelSpec, SpecWork] = {}
+        #: Fault activations of models that were forgotten.
+        self._past_hits = 0
 
     def run_test(self, spec: ModelSpec, test: str, variant: str) -> list[Result]:
         """Run one test of one model in one variant.
@@ -235,9 +237,10 @@ class Engine:
             self._folder.mkdir()
 
     def _hits(self) -> int:
-        return sum(work.fault_hits for work in self._works.values())
+        return self._past_hits + sum(work.fault_hits for work in self._works.values())
 
     def _forget(self) -> None:
+        self._past_hits = self._hits()
         for work in self._works.values():
             work.close()
         self._works.clear()
