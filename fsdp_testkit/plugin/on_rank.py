@@ -13,9 +13,9 @@ from typing import Any
 from fsdp_testkit.plugin.values import unpack
 
 try:  # private to pytest; without it an assert that fails shows its line, but no values
-    from _pytest.assertion.rewrite import rewrite_asserts
-except ImportError:
-    rewrite_asserts = None  # type: ignore[assignment]
+    _rewrite_asserts: Any = importlib.import_module("_pytest.assertion.rewrite").rewrite_asserts
+except (ImportError, AttributeError):
+    _rewrite_asserts = None
 
 
 class _Loader(SourceFileLoader):
@@ -25,8 +25,8 @@ class _Loader(SourceFileLoader):
         """Return the module's code."""
         source = self.get_data(self.path)
         tree = ast.parse(source, filename=self.path)
-        if rewrite_asserts is not None:
-            rewrite_asserts(tree, source, self.path)
+        if _rewrite_asserts is not None:
+            _rewrite_asserts(tree, source, self.path)
         code: CodeType = compile(tree, self.path, "exec", dont_inherit=True)
         return code
 
