@@ -1,6 +1,6 @@
 """Every name that torch or transformers do not promise to keep, in one place.
 
-Seen in torch 2.13.0 and transformers 5.23.0; `tests/reference/test_adapter.py` notices when one moves.
+Seen in torch 2.13.0 and transformers 5.23.0; `tests/reference/test_reference_adapter.py` notices when one moves.
 """
 
 from __future__ import annotations
