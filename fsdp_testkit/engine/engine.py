@@ -211,9 +211,7 @@ class Engine:
         assert self._folder is not None
         assert self._harness is not None
         folder = Path(tempfile.mkdtemp(prefix=f"{spec.model_type}-{spec.variant}-", dir=self._folder))
-        self._works[spec] = SpecWork(
-            self._harness, spec, seed=self.settings.seed, folder=folder, deadline=self.settings.deadline
-        )
+        self._works[spec] = SpecWork(self._harness, spec, folder=folder, deadline=self.settings.deadline)
         return self._works[spec]
 
     def _default(self, spec: ModelSpec) -> ModelSpec:

@@ -46,12 +46,11 @@ class OracleFailedError(InternalError):
 
 
 class SpecWork:
-    """Work shared by the tests of one `ModelSpec` and seed. Everything lies under one folder."""
+    """Work shared by the tests of one `ModelSpec`. Everything lies under one folder."""
 
-    def __init__(self, harness: Harness, spec: ModelSpec, *, seed: int, folder: Path, deadline: float) -> None:
+    def __init__(self, harness: Harness, spec: ModelSpec, *, folder: Path, deadline: float) -> None:
         self.spec = spec
         self._harness = harness
-        self._seed = seed
         self._deadline = deadline
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)

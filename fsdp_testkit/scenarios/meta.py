@@ -63,7 +63,6 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[misc] # torch is unt
         super().__init__()
         self.total = 0
         self.largest = 0
-        self._seen: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
