@@ -6,7 +6,7 @@ import importlib
 import inspect
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
+from typing import Any
 
 from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.result import Result
@@ -14,7 +14,7 @@ from fsdp_testkit.engine.engine import Engine, judge_hits
 from fsdp_testkit.engine.tests import FSDP2, HSDP, MAX_NORMS, PROCEDURES, prepare, training
 from fsdp_testkit.engine.work import SpecWork
 from fsdp_testkit.faults.base import Fault
-from fsdp_testkit.faults.bugs import BUGS, FAMILIES
+from fsdp_testkit.faults.bugs import BUGS
 
 MODULES = (
     "gradients",
@@ -124,40 +124,73 @@ class Shown:
         rows: the result rows of all tests that were run.
         hits: activations of the fault.
         missing: what should have been found and was not; empty when the bug was caught for the right reason.
+        found: the findings of the checks that the fault names.
     """
 
     rows: list[Result]
     hits: int
     missing: list[str]
+    found: list[dict[str, Any]]
+
+
+def runs_of(fault: type[Fault]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Return the (test, variant, checks) that a fault names: in each run one of the checks has a finding."""
+    return [
+        (fault.test, fault.variant, fault.checks),
+        *((test, variant, (check,)) for test, variant, check in fault.also),
+    ]
 
 
 def show(engine: Engine, fault: type[Fault]) -> Shown:
     """Run the tests that a fault names, under the fault, and judge what they found."""
     armed = engine.armed(f"{fault.__module__}:{fault.__qualname__}")
     rows: list[Result] = []
+    seen: list[dict[str, Any]] = []
     hits = 0
     missing = []
-    for test, variant, checks in [
-        (fault.test, fault.variant, fault.checks),
-        *((test, variant, (check,)) for test, variant, check in fault.also),
-    ]:
+    for test, variant, checks in runs_of(fault):
         part = run(armed, fault, test, variant)
         found = [finding for row in part for finding in row.findings if finding["check"] in checks]
-        if not any(row.outcome == "failed" for row in part):
-            missing.append(f"{test} {variant} is {', '.join(row.outcome for row in part)} instead of failed")
-        if not found:
-            seen = sorted({finding["check"] for row in part for finding in row.findings})
-            missing.append(f"{test} {variant}: no finding of {', '.join(checks)} but of {', '.join(seen)}")
-        reports = [finding["message"] + row.extra.get("report", "") for row in part for finding in row.findings]
-        if fault.says and not any(fault.says in text for text in reports):
-            missing.append(f"no message says {fault.says!r}")
-        if found and fault.blamed is not None and not any(item.get("rank") == fault.blamed for item in found):
-            missing.append(f"rank {fault.blamed} is not blamed, but {sorted({str(i.get('rank')) for i in found})}")
+        missing += wrong_reason(fault, part, found, f"{test} {variant}", checks)
         hits += part[0].extra["fault_hits"]
         rows += part
+        seen += found
     if hits <= 0:
         missing.append("the fault was never hit")
-    return Shown(rows, hits, missing)
+    return Shown(rows, hits, missing, seen)
+
+
+def wrong_reason(
+    fault: type[Fault], rows: list[Result], found: list[dict[str, Any]], place: str, checks: tuple[str, ...]
+) -> list[str]:
+    """Return what a run should have shown and did not: its outcome, its check, its words, the rank that it blames."""
+    missing = []
+    if not any(row.outcome == "failed" for row in rows):
+        missing.append(f"{place} is {', '.join(row.outcome for row in rows)} instead of failed")
+    if not found:
+        others = sorted({finding["check"] for row in rows for finding in row.findings})
+        missing.append(f"{place}: no finding of {', '.join(checks)} but of {', '.join(others) or 'nothing'}")
+    reports = [finding["message"] + row.extra.get("report", "") for row in rows for finding in row.findings]
+    if fault.says and not any(fault.says in text for text in reports):
+        missing.append(f"no message says {fault.says!r}")
+    if found and fault.blamed is not None and not any(item.get("rank") == fault.blamed for item in found):
+        missing.append(f"rank {fault.blamed} is not blamed, but {sorted({str(i.get('rank')) for i in found})}")
+    return missing
+
+
+def green(engine: Engine, fault: type[Fault]) -> list[str]:
+    """Run the tests that a fault names without it; return what is wrong, ``[]`` where all of them pass."""
+    wrong = []
+    for test, variant in dict.fromkeys((test, variant) for test, variant, _ in runs_of(fault)):
+        for row in run(engine, fault, test, variant):
+            if row.outcome != "passed":
+                wrong.append(f"without the fault {test} {variant} on {row.layout} is {row.outcome}: {row.reason}")
+    return wrong
+
+
+def by_run(fault: type[Fault]) -> tuple[str, float, str, str, str]:
+    """Sort key: faults of one model and test share truth and checkpoints."""
+    return fault.model, fault.dropout, fault.variant, fault.test, fault.bug
 
 
 def run(engine: Engine, fault: type[Fault], test: str, variant: str) -> list[Result]:
@@ -196,57 +229,13 @@ def sample() -> list[type[Fault]]:
         if entry.fault is None:
             continue
         best = chosen.get(entry.fault.causes[0])
-        if best is None or _price(entry.fault) < _price(best):
+        if best is None or price(entry.fault) < price(best):
             chosen[entry.fault.causes[0]] = entry.fault
     return list(chosen.values())
 
 
-def _price(fault: type[Fault]) -> float:
+def price(fault: type[Fault]) -> float:
     """Return a guess of the seconds that a fault takes: waiting, ranks, models and tests that are not shared."""
     tests = {"meta_init": 1.0, "buffers_dtypes": 1.0, "auto_vs_ddp": 1.5, "sharding_structure": 1.5, "save_load": 2.0}
     slow = 2.0 * len(fault.also) + (3.0 if fault.model != "llama" or fault.fields or fault.dropout else 0.0)
     return tests.get(fault.test, 3.0) + 2.0 * fault.deadline + slow
-
-
-def page() -> str:
-    """Return `docs/museum.md`."""
-    listed = entries()
-    real = [entry for entry in listed if entry.real]
-    lines = [
-        "# The museum",
-        "",
-        "Publicly reported bugs of sharded training, re-created as small faults. Each one is armed on real ranks, and",
-        "the kit has to go red for the right reason: the named check has a finding, the fault counted its hits, and",
-        "without the fault the same test is green. `pytest tests/museum` runs a sample with every cause,",
-        "`pytest tests/museum -m museum` runs all. This page is generated: `python -m fsdp_testkit.faults.museum`.",
-        "",
-        f"**{len(real)} of {len(listed)}** are re-created; the others say what they would need.",
-        "",
-        "| bug | families | story | test | checks | cause |",
-        "|---|---|---|---|---|---|",
-    ]
-    for entry in real:
-        fault = entry.fault
-        assert fault is not None
-        test = f"{fault.test} ({fault.variant}, {fault.model})"
-        checks = ", ".join(fault.checks)
-        families = ", ".join(FAMILIES[number] for number in entry.families)
-        lines.append(
-            f"| [{entry.bug}]({entry.thread}) | {families} | {fault.story} | {test} | {checks} "
-            f"| {'; '.join(fault.causes)} |"
-        )
-    lines += ["", "## Not re-created", "", "| bug | families | what it would need |", "|---|---|---|"]
-    for entry in listed:
-        if not entry.real:
-            families = ", ".join(FAMILIES[number] for number in entry.families)
-            lines.append(f"| [{entry.bug}]({entry.thread}) | {families} | {entry.reason} |")
-    lines += ["", "## Causes", "", "The list is closed; each cause is defined by the evidence that shows it.", ""]
-    lines += ["| cause | evidence | bugs |", "|---|---|---|"]
-    for cause, evidence in CAUSES.items():
-        count = sum(entry.fault is not None and entry.fault.causes[0] == cause for entry in listed)
-        lines.append(f"| {cause} | {evidence} | {count} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    Path("docs/museum.md").write_text(page(), encoding="utf-8")
