@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fsdp_testkit.checks.compare import same_bits
-from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.checks.signature import signature
+from fsdp_testkit.core.evidence import Evidence, TensorData
 from fsdp_testkit.core.finding import Verdict
 
 
@@ -58,7 +61,15 @@ def check_buffers(evidences: list[Evidence], truth: Evidence) -> Verdict:
                 actual=_sample(actual.array().reshape(-1)),
                 **where,
             )
+            _how(verdict, actual, expected)
     return verdict
+
+
+def _how(verdict: Verdict, actual: TensorData, expected: TensorData) -> None:
+    """Say in the finding that was just made, if any, how the values are wrong."""
+    if not same_bits(actual, expected) and actual.shape == expected.shape:
+        detail = signature(actual.array(), expected.array())
+        verdict.findings[-1] = replace(verdict.findings[-1], detail=detail)
 
 
 def check_dtypes(evidences: list[Evidence], truth: Evidence) -> Verdict:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fsdp_testkit.checks.signature import CLOSE, multiple, signature
 from fsdp_testkit.core.evidence import Array, TensorData
 from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
@@ -30,6 +31,13 @@ def expected_part(full: Array, layout: Layout, rank: int, dim: int = 0) -> Array
     return full[(slice(None),) * dim + (slice(start, stop),)]
 
 
+def first_row(full: Array, layout: Layout, rank: int, dim: int = 0) -> int:
+    """Return the index in dim 0 of ``full`` at which the part of ``rank`` starts (0 where it is cut elsewhere)."""
+    if layout.kind in ("single", "ddp") or dim:
+        return 0
+    return chunk_bounds(full.shape[0], layout.shard, layout.coordinate(rank)[-1])[0]
+
+
 def shard_dim(facts: dict[str, Any]) -> int:
     """Return the tensor dim that the parameter is sharded on (0 where it is not)."""
     for placement in facts.get("placements", []):
@@ -45,6 +53,8 @@ def compare(
     *,
     tolerance: float,
     scale: Callable[[], float] | None = None,
+    full: Array | None = None,
+    first: int = 0,
     **where: Any,
 ) -> float:
     """Compare values, count them, record a finding beyond ``tolerance``; return the relative error.
@@ -55,6 +65,9 @@ def compare(
         expected: the right values, same shape.
         tolerance: bound on max|actual - expected| / scale; 0 asks for equal bits.
         scale: returns the magnitude to divide by; by default max|expected|.
+        full: the whole tensor that ``expected`` is rows of, from row ``first`` on: what lies in another place
+            of it is recognised.
+        first: see ``full``.
         where: fields of the `Finding`: check, rank, step, parameter, judged_by.
     """
     verdict.checks += 1
@@ -102,6 +115,7 @@ def compare(
                 max_abs_error=error if math.isfinite(error) else None,
                 max_rel_error=relative if math.isfinite(relative) else None,
                 tolerance=tolerance,
+                detail=signature(got, expected, full=full, first=first),
                 **where,
             )
         )
@@ -126,13 +140,11 @@ def assemble(parts: Sequence[Array], dim: int = 0) -> Array:
 
 def _ratio_text(left: Array, right: Array) -> str:
     """Say so when the tensor as a whole is a constant multiple of what it should be."""
-    norm = float(np.sqrt(np.nansum(np.square(right)))) if right.size else 0.0
-    if norm <= 0 or not np.isfinite(left).all():
+    if not np.isfinite(left).all():
         return ""
-    ratio = float(np.sum(left * right)) / (norm * norm)
-    rest = float(np.sqrt(np.sum(np.square(left - ratio * right)))) / norm
-    if rest < 1e-3 and abs(ratio - 1) > 1e-2:
-        return f"it is {ratio:.4g} x the expected, "
+    found = multiple(left, right)
+    if found and found["rest"] < CLOSE and abs(found["ratio"] - 1) > 1e-2:
+        return f"it is {found['ratio']:.4g} x the expected, "
     return ""
 
 

@@ -24,6 +24,7 @@ def check_meta_init(evidences: list[Evidence]) -> Verdict:
             f"overwrites them: {', '.join(dict.fromkeys(load['init_names']))}",
             expected="0 init calls",
             actual=str(load["init_calls"]),
+            detail={name: load[name] for name in ("init_elements", "model_bytes", "shard_bytes")},
             **where,
         )
         # the largest tensor may have to be converted whole, and buffers are computed on every rank
@@ -34,6 +35,7 @@ def check_meta_init(evidences: list[Evidence]) -> Verdict:
             f"{load['shard_bytes']:,} of the model's {load['model_bytes']:,}",
             expected=f"at most {bound:,} bytes",
             actual=f"{load['allocated']:,} bytes",
+            detail={name: load.get(name, 0) for name in ("allocated", "gathered", "model_bytes", "shard_bytes")},
             **where,
         )
         for kind in ("parameters", "buffers"):

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fsdp_testkit.checks.compare import assemble, expected_part, same_bits, shard_dim
+from fsdp_testkit.checks.compare import assemble, expected_part, first_row, same_bits, shard_dim
 from fsdp_testkit.checks.files import read_checkpoint
+from fsdp_testkit.checks.signature import signature
 from fsdp_testkit.core.evidence import Array, Evidence, TensorData
 from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
@@ -102,7 +103,12 @@ def check_reload(evidences: list[Evidence], full: dict[str, TensorData], layout:
             verdict.checks += 1
             if not same_bits(actual, expected) and (actual.numel or expected.numel):
                 message = f"after loading {where_loaded}, {name} differs from what was saved{_how(actual, expected)}"
-                verdict.findings.append(Finding(message=message, parameter=name, **base))
+                whole, first = None, 0
+                if facts["dtensor"]:
+                    whole = full[name].array()
+                    first = first_row(whole, layout, evidence.rank, shard_dim(facts))
+                detail = _detail(actual, expected, whole, first)
+                verdict.findings.append(Finding(message=message, parameter=name, detail=detail, **base))
     return verdict
 
 
@@ -154,6 +160,13 @@ def check_loading_info(evidence: Evidence) -> Verdict:
             judged_by="file",
         )
     return verdict
+
+
+def _detail(actual: TensorData, expected: TensorData, whole: Array | None, first: int) -> dict[str, Any]:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return {}
+    right = expected.array()
+    return signature(actual.array(), right, full=right if whole is None else whole, first=first)
 
 
 def _how(actual: TensorData, expected: TensorData) -> str:

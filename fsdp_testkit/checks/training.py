@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fsdp_testkit.checks.compare import compare, compare_number, expected_part, shard_dim
+from fsdp_testkit.checks.compare import compare, compare_number, expected_part, first_row, shard_dim
 from fsdp_testkit.checks.tolerances import Tolerance, tolerance
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Array, Evidence
@@ -189,11 +189,13 @@ class _Look:
             self.verdict.expect(False, message=f"{key} was not observed on this rank", **where)
             return
         facts = self.evidence.facts["parameters"].get(name, {})
-        expected = full
+        expected, first = full, 0
         if facts.get("dtensor", False):
             expected = expected_part(full, self.case.layout, self.evidence.rank, shard_dim(facts))
+            first = first_row(full, self.case.layout, self.evidence.rank, shard_dim(facts))
         # the scale of the whole tensor, so that a shard of small values is not held to a tighter bound
-        compare(self.verdict, tensor, expected, tolerance=limit, scale=partial(_scale, full, floor), **where)
+        scale = partial(_scale, full, floor)
+        compare(self.verdict, tensor, expected, tolerance=limit, scale=scale, full=full, first=first, **where)
 
 
 def _scale(full: Array, floor: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -23,6 +23,8 @@ class Finding:
         tolerance: the relative bound that was applied.
         judged_by: the oracle: ``truth``, ``ddp``, ``rules``, ``file``, ``uninterrupted``...
         nature: ``logic``, ``rounding``, or ``""`` where no fp64 run decided it.
+        detail: plain facts that tell causes apart, such as the ratio to the expected values; see
+            `fsdp_testkit.checks.signature`.
     """
 
     check: str
@@ -37,10 +39,11 @@ class Finding:
     tolerance: float | None = None
     judged_by: str = "rules"
     nature: str = ""
+    detail: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without empty fields."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
+        return {name: value for name, value in asdict(self).items() if value not in (None, "", {})}
 
 
 @dataclass(slots=True)

@@ -82,7 +82,7 @@ def fold_ranks(findings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return findings with those that only the rank tells apart as one, which has them under ``ranks``."""
     folded: dict[str, dict[str, Any]] = {}
     for finding in findings:
-        same = {name: value for name, value in finding.items() if name not in ("rank", *_DISTANCES)}
+        same = {name: value for name, value in finding.items() if name not in ("rank", "detail", *_DISTANCES)}
         kept = folded.setdefault(json.dumps(same, sort_keys=True, default=str), {**finding, "ranks": []})
         kept["ranks"].append(finding.get("rank"))
         for name in _DISTANCES:

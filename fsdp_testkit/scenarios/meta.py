@@ -17,11 +17,15 @@ from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, reply, resolved, torch_dtype
 
+#: Namespaces of operators that exchange tensors between ranks.
+COLLECTIVES = ("c10d", "_c10d_functional")
+
 
 def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     """Load once without observation (imports, caches), then once with it.
 
-    Facts: ``load`` with ``allocated`` (bytes of all new storages), ``largest`` (bytes), ``init_calls`` and
+    Facts: ``load`` with ``allocated`` (bytes of all new storages), ``largest`` and ``gathered`` (bytes, the latter
+    of what collectives return), ``init_calls`` and
     ``init_elements`` (random or constant initialisation of real memory), ``shard_bytes`` (bytes that this
     rank keeps), ``model_bytes``.
     """
@@ -43,6 +47,7 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     evidence.facts["load"] = {
         "allocated": counter.total,
         "largest": counter.largest,
+        "gathered": counter.gathered,
         "init_calls": inits["calls"],
         "init_elements": inits["elements"],
         "init_names": inits["names"][:20],
@@ -63,6 +68,7 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[misc] # torch is unt
         super().__init__()
         self.total = 0
         self.largest = 0
+        self.gathered = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -73,6 +79,8 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[misc] # torch is unt
                 size = item.untyped_storage().nbytes()
                 self.total += size
                 self.largest = max(self.largest, size)
+                if func.namespace in COLLECTIVES:
+                    self.gathered += size
         return result
 
 
