@@ -1,6 +1,7 @@
-"""``python -m fsdp_testkit``: replay a case, list what there is, print a tiny config, merge reports, look around.
+"""``python -m fsdp_testkit``: replay a case, list what there is, merge reports, run the museum, look around.
 
-Exit status: 0 all well, 1 a replayed case failed or the installation lacks something, 2 impossible input.
+Exit status: 0 all well, 1 a replayed case failed, a bug was not caught or the installation lacks something,
+2 impossible input.
 """
 
 # ruff: noqa: T201 - a command's output is what it prints
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,6 +135,30 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def museum(arguments: argparse.Namespace) -> int:
+    """List or run the museum of publicly reported bugs; print the score table."""
+    from fsdp_testkit.faults.score import document, run_scores, select, unscored
+    from fsdp_testkit.reporting.museum import score_line, score_lines
+
+    entries = select(arguments.id, arguments.family)
+    if arguments.json is not None:
+        check_target(arguments.json)
+    started = time.monotonic()
+    if arguments.run_faults:
+        scores = run_scores(
+            entries,
+            jobs=arguments.jobs,
+            report=lambda score: print(score_line(score.to_dict()), file=sys.stderr, flush=True),
+        )
+    else:
+        scores = [unscored(entry) for entry in entries]
+    written = document(scores, jobs=arguments.jobs, seconds=time.monotonic() - started)
+    print("\n".join(score_lines(written["faults"], ran=arguments.run_faults)))
+    if arguments.json is not None:
+        write_report(arguments.json, written)
+    return 1 if arguments.run_faults and not all(score.caught or not score.real for score in scores) else 0
+
+
 def doctor(_: argparse.Namespace) -> int:
     """Print what a bug report needs, and whether this installation can run the kit."""
     print(f"fsdp_testkit {KIT_VERSION}, python {sys.version.split()[0]}, {os.cpu_count()} cpus")
@@ -186,6 +212,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json")
     command.add_argument("-o", "--output", required=True, type=Path, metavar="FILE.json")
     command.set_defaults(run=merge)
+
+    command = commands.add_parser("museum", help="list or run publicly reported bugs, re-created as faults")
+    command.add_argument("--id", action="append", default=[], metavar="BUG", help="only this one; may be repeated")
+    command.add_argument(
+        "--family",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this family (number or name); may be repeated",
+    )
+    command.add_argument("--run", action="store_true", dest="run_faults", help="run them; without it they are listed")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that run them (1)")
+    command.add_argument("--json", type=Path, metavar="FILE.json", help="write the scores there")
+    command.set_defaults(run=museum)
 
     command = commands.add_parser("doctor", help="versions, hardware, limits and a trial run, for bug reports")
     command.set_defaults(run=doctor)
