@@ -14,6 +14,8 @@ from fsdp_testkit.core.errors import UsageError
 
 DEVICES = ("cpu", "cuda")
 COMMS = ("gloo", "nccl", "fake", "none")
+#: Seconds that a job may stand still in its collectives before it counts as hung.
+STALL = 5.0
 #: Longest deadline, in seconds: a day. Anything longer is a job that nobody waits for.
 MAX_DEADLINE = 86400.0
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -35,6 +37,9 @@ class Job:
         deadline: seconds from the start of the ranks to the forced end of the job; finite and positive.
         env: environment variables set in the ranks only.
         name: shown in reports; the target where empty.
+        stall: seconds after which a job that cannot go on is ended before its deadline: all ranks that have not
+            replied sleep in collectives, where only another rank could wake them. A number above the deadline
+            switches this off, for a test that means to wait for a timeout of its process group.
         min_observations: a rank that returns with fewer calls of ``context.observe`` is a failure.
 
     Raises:
@@ -49,6 +54,7 @@ class Job:
     deadline: float = 60.0
     env: dict[str, str] = field(default_factory=dict)
     name: str = ""
+    stall: float = STALL
     min_observations: int = 1
 
     @property
@@ -77,9 +83,10 @@ class Job:
         ):
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise UsageError(f"{label}={count!r} must be an integer of at least {least}")
-        number = isinstance(self.deadline, int | float) and not isinstance(self.deadline, bool)
-        if not number or not math.isfinite(self.deadline) or not 0 < self.deadline <= MAX_DEADLINE:
-            raise UsageError(f"deadline={self.deadline!r} must be seconds in (0, {MAX_DEADLINE:g}]")
+        for label, seconds in (("deadline", self.deadline), ("stall", self.stall)):
+            number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not number or not math.isfinite(seconds) or not 0 < seconds <= MAX_DEADLINE:
+                raise UsageError(f"{label}={seconds!r} must be seconds in (0, {MAX_DEADLINE:g}]")
         if not isinstance(self.env, dict) or not all(_is_env(*item) for item in self.env.items()):
             raise UsageError("env must map names to strings; names are not empty and hold no '=' or NUL")
         if not isinstance(self.args, dict) or not all(isinstance(name, str) for name in self.args):

@@ -3,13 +3,15 @@
 No I/O, no clock, no process: `harness` turns what it sees into events and carries the actions out.
 
 ```
-running ──first failure or skip──> draining ──all settled──┐
-   │ │                                 │ grace over        │
-   │ └─────────── deadline ──────> dumping ── stacks are in, or too late ──┐
-   └──────────── all settled ─────────────────────────────┴──────────> ending ──all reaped──> done
+looking <──stands still── running ──first failure or skip──> draining ──all settled──┐
+   │  └──── not stuck ─────> │ │                                 │ grace over        │
+   │                         │ └─────────── deadline ──────> dumping ── stacks are in, or too late ──┐
+   │                         └──────────── all settled ─────────────────────────────┴──────────> ending ──> done
+   └──── stuck ───────────────────────────────────────────────────────────────────────────────────┘
 ```
 
-A rank is *settled* when it has replied or its process has ended.
+A rank is *settled* when it has replied or its process has ended. A job *stands still* when all ranks that are not
+settled sleep; it is *stuck* when each of them sleeps in a collective, where only another rank could wake it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Phase(StrEnum):
     """Where a job stands; see the module's picture."""
 
     RUNNING = "running"
+    LOOKING = "looking"
     DRAINING = "draining"
     DUMPING = "dumping"
     ENDING = "ending"
@@ -54,6 +57,13 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """A rank's channel is closed: no reply can come, but its end may follow and say more."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Unstarted:
     """A rank could not be started."""
 
@@ -73,11 +83,23 @@ class ServerLost:
 
 
 @dataclass(frozen=True, slots=True)
+class StoodStill:
+    """No rank that is not settled has done anything for a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """The stacks that were asked for have been read: whether all these ranks wait in collectives."""
+
+    stuck: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
 
-Event = Replied | Exited | Unstarted | Dumped | ServerLost | Tick
+Event = Replied | Exited | Cut | Unstarted | Dumped | ServerLost | StoodStill | Looked | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +117,13 @@ class Dump:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """Read the stacks of these ranks, and answer with `Looked`."""
+
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """SIGKILL these ranks and all that they started."""
 
@@ -106,7 +135,7 @@ class Abandon:
     """Kill the server: ranks did not end although they were killed through it."""
 
 
-Action = Release | Dump | Kill | Abandon
+Action = Release | Dump | Look | Kill | Abandon
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +147,7 @@ class RankState:
         code: exit status once the process has ended, else ``None``.
         alive: whether the process may still run.
         settled_at: when the status was decided.
+        cut_at: when its channel was closed before it had replied.
         dumped: whether its stack is on file.
         killed: whether the harness has killed it.
     """
@@ -126,6 +156,7 @@ class RankState:
     code: int | None = None
     alive: bool = True
     settled_at: float | None = None
+    cut_at: float | None = None
     dumped: bool = False
     killed: bool = False
 
@@ -141,6 +172,8 @@ class State:
         deadline: when the job is ended by force.
         until: when the current phase is over.
         timed_out: whether the deadline, and not a failure, ended it.
+        stuck: whether it was ended because it could not go on.
+        asked: the ranks that were asked for their stacks while it stood still.
         notes: oddities that are no failures.
     """
 
@@ -150,6 +183,8 @@ class State:
     deadline: float
     until: float
     timed_out: bool = False
+    stuck: bool = False
+    asked: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -199,10 +234,16 @@ def _apply(state: State, event: Event, now: float) -> State:
                 how = f"was ended by signal {-code}" if code < 0 else f"exited with status {code}"
                 state = _note(state, f"rank {rank} {how} at exit, after it had reported its result")
             return _update(state, rank, code=code, alive=False)
+        case Cut(rank):
+            return state if state.ranks[rank].status != "running" else _update(state, rank, cut_at=now)
         case Unstarted(rank):
             return _update(state, rank, status="lost", alive=False, settled_at=now)
         case Dumped(rank):
             return _update(state, rank, dumped=True)
+        case StoodStill() if state.phase is Phase.RUNNING:
+            return replace(state, phase=Phase.LOOKING, until=min(state.deadline, now + DUMP_LIMIT))
+        case Looked(stuck) if state.phase is Phase.LOOKING:
+            return _judge_look(state, stuck, now)
         case ServerLost():
             for rank, known in enumerate(state.ranks):
                 if known.status == "running":
@@ -215,13 +256,17 @@ def _apply(state: State, event: Event, now: float) -> State:
 def _advance(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
     running = _where(state, lambda known: known.status == "running")
     alive = _where(state, lambda known: known.alive)
+    if state.phase is Phase.LOOKING:
+        return _look(state, running, now)
     if state.phase in (Phase.RUNNING, Phase.DRAINING):
         if not running:
             return _end(state, alive, now)
         if now >= state.until:
             timed_out = now >= state.deadline
             for rank in running:
-                state = _update(state, rank, status="hung" if timed_out else "stopped", settled_at=now)
+                lost = state.ranks[rank].cut_at is not None
+                status = "lost" if lost else "hung" if timed_out else "stopped"
+                state = _update(state, rank, status=status, settled_at=now)
             state = replace(state, phase=Phase.DUMPING, until=now + DUMP_LIMIT, timed_out=timed_out)
             return state, (Dump(running),)
         until = min(_drain_limits(state))
@@ -250,6 +295,34 @@ def _advance(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
     return replace(state, phase=Phase.DONE), (Abandon(),)
 
 
+def _look(state: State, running: tuple[int, ...], now: float) -> tuple[State, tuple[Action, ...]]:
+    if not state.asked and running and now < state.deadline:
+        return replace(state, asked=running), (Dump(running),)
+    if not running or running != state.asked or now >= state.deadline:  # something has happened: it did go on
+        return _resume(state), ()
+    missing = any(not state.ranks[rank].dumped for rank in running)
+    if missing and now < state.until:
+        return state, ()
+    if missing:  # who writes no stack is not known to wait for anybody
+        return _resume(state), ()
+    # Asked for at once and answered at once: `until` keeps it from being asked for twice.
+    return (replace(state, until=state.deadline), (Look(running),)) if state.until < state.deadline else (state, ())
+
+
+def _judge_look(state: State, stuck: bool, now: float) -> State:
+    if not stuck:
+        return _resume(state)
+    for rank in state.asked:
+        state = _update(state, rank, status="hung", settled_at=now)
+    return replace(state, phase=Phase.DUMPING, until=now, stuck=True)
+
+
+def _resume(state: State) -> State:
+    for rank in state.asked:
+        state = _update(state, rank, dumped=False)
+    return replace(state, phase=Phase.RUNNING, until=state.deadline, asked=())
+
+
 def _end(state: State, alive: tuple[int, ...], now: float) -> tuple[State, tuple[Action, ...]]:
     state = replace(state, phase=Phase.ENDING)
     # Only when all succeeded they leave their group in good order: with a peer gone this may hang or abort.
@@ -267,6 +340,8 @@ def _kill(state: State, ranks: tuple[int, ...], now: float) -> tuple[State, tupl
 def _drain_limits(state: State) -> Iterator[float]:
     yield state.until
     for known in state.ranks:
+        if known.status == "running" and known.cut_at is not None:
+            yield known.cut_at + state.grace
         if known.settled_at is not None and known.status != "ok":
             patience = SKIP_PATIENCE if known.status == "skipped" else 1.0
             yield known.settled_at + patience * state.grace

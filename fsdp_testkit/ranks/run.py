@@ -17,15 +17,19 @@ from fsdp_testkit.ranks import machine
 from fsdp_testkit.ranks.job import Job, JobReport, RankReply
 from fsdp_testkit.ranks.link import ServerLink, is_stopped
 from fsdp_testkit.ranks.machine import Phase
+from fsdp_testkit.ranks.output import Output
 from fsdp_testkit.ranks.rank import REPLY_LIMIT
 from fsdp_testkit.ranks.spec import rank_spec
-from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, tail
+from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, tail, waits_for_others
+from fsdp_testkit.ranks.stillness import Stillness, sleeps
 from fsdp_testkit.ranks.verdict import judge
 
 LOG_TAIL = 8000
 STACK_LIMIT = 100_000
 #: Seconds between looks at the stack files while they are being written.
 STACK_POLL = 0.03
+#: Seconds between looks at whether the ranks do anything.
+STILL_POLL = 0.25
 #: Bytes that a rank may send in all: one reply, and little else.
 RECEIVE_LIMIT = REPLY_LIMIT + 65536
 #: Messages of a rank that are discarded before its channel is closed.
@@ -38,9 +42,10 @@ class _Seat:
 
     rank: int
     channel: socket.socket
-    log: Path
+    output: Output
     stack: Path
     started: float
+    still: Stillness
     pid: int = 0
     buffer: bytes = b""
     received: int = 0
@@ -68,6 +73,9 @@ class Run:
         self.pids: dict[int, _Seat] = {}
         self.selector = selectors.DefaultSelector()
         self.logs = folder / "logs"
+        self.stall = job.stall
+        self.looked_at = 0.0
+        self.stalled_for = 0.0
 
     def execute(self, grace: float) -> JobReport:
         """Start the ranks, wait for their end and judge; ``grace`` in seconds."""
@@ -78,15 +86,22 @@ class Run:
         self._start(begun)
         while self.state.phase is not Phase.DONE:
             wait = min(1.0, self.state.until - time.monotonic())
-            if self.state.phase is Phase.DUMPING:
+            if self._may_stall():
+                wait = min(wait, STILL_POLL)
+            if self.state.phase in (Phase.DUMPING, Phase.LOOKING):
                 wait = min(wait, STACK_POLL)
             for key, _ in self.selector.select(max(0.0, wait)):
                 if key.data is None:
                     self._hear_server()
+                elif isinstance(key.data, Output):
+                    if not key.data.drain():
+                        self.selector.unregister(key.fileobj)
                 else:
                     self._hear_rank(key.data)
-            if self.state.phase is Phase.DUMPING:
+            if self.state.phase in (Phase.DUMPING, Phase.LOOKING):
                 self._look_for_stacks()
+            elif self._may_stall():
+                self._look_for_life()
             self._feed(machine.Tick())
         return self._report(time.monotonic() - begun)
 
@@ -95,6 +110,7 @@ class Run:
         self.selector.close()
         for seat in self.seats:
             seat.channel.close()
+            seat.output.close()
 
     def _start(self, begun: float) -> None:
         spec = rank_spec(self.job, self.identity, self.attempt, self.folder, self.logs, self.port, begun)
@@ -104,13 +120,16 @@ class Run:
                 file.write(json.dumps(spec).encode())
             for rank in range(self.job.processes):
                 ours, theirs = socket.socketpair()
-                log = self.logs / f"rank{rank}.log"
-                seat = _Seat(rank, ours, log, self.logs / f"rank{rank}.stack", time.monotonic())
-                self.seats.append(seat)
-                with theirs, log.open("ab") as output:
-                    self.link.start(rank, [theirs.fileno(), memory, output.fileno()])
+                with theirs:
+                    now = time.monotonic()
+                    output = Output(self.logs / f"rank{rank}.log")
+                    seat = _Seat(rank, ours, output, self.logs / f"rank{rank}.stack", now, Stillness(now))
+                    self.seats.append(seat)
+                    self.link.start(rank, [theirs.fileno(), memory, output.inlet])
+                    output.close_inlet()
                 ours.setblocking(False)
                 self.selector.register(ours, selectors.EVENT_READ, seat)
+                self.selector.register(output.outlet, selectors.EVENT_READ, output)
         finally:
             os.close(memory)
 
@@ -150,6 +169,7 @@ class Run:
             if not data:  # its end is told by the server
                 with contextlib.suppress(KeyError):
                     self.selector.unregister(seat.channel)
+                self._cut(seat, "closed its channel to the parent, so that no reply could come")
                 return
             *lines, seat.buffer = (seat.buffer + data).split(b"\n")
             for line in lines[: DISCARD_LIMIT + 1]:
@@ -160,6 +180,12 @@ class Run:
                 self.notes.append(f"rank {seat.rank} sent more than a reply: its channel was closed")
                 self.selector.unregister(seat.channel)
                 seat.channel.close()
+                self._cut(seat, "sent more than a reply, so that its channel was closed")
+
+    def _cut(self, seat: _Seat, problem: str) -> None:
+        if self.state.ranks[seat.rank].status == "running":
+            seat.problem = seat.problem or problem
+        self._feed(machine.Cut(seat.rank))
 
     def _take(self, seat: _Seat, line: bytes) -> None:
         problem = ""
@@ -173,7 +199,10 @@ class Run:
         if problem:
             seat.discarded += 1
             self.notes.append(f"a reply on the channel of rank {seat.rank} was discarded: it {problem}")
-        elif not seat.reply:
+        elif seat.reply:
+            self.notes.append(f"rank {seat.rank} replied more than once: its first reply counts")
+            seat.discarded += 1
+        else:
             # A late one is noted by the state machine and must not change the report.
             if self.state.ranks[seat.rank].status == "running":
                 seat.reply = reply
@@ -201,6 +230,10 @@ class Run:
             if isinstance(action, machine.Abandon):
                 self.server_lost = True
                 continue
+            if isinstance(action, machine.Look):
+                stacks = [own_part(tail(self.seats[rank].stack, STACK_LIMIT)) for rank in action.ranks]
+                self._feed(machine.Looked(all(map(waits_for_others, stacks))))
+                continue
             for rank in action.ranks:
                 self._act(action, self.seats[rank])
 
@@ -213,10 +246,35 @@ class Run:
             if seat.pid:
                 self.link.signal(seat.pid, signal.SIGKILL)
         elif seat.pid:
+            with contextlib.suppress(OSError):
+                os.truncate(seat.stack, 0)  # of a look before this one
+            seat.stack_size = -1
             self.link.signal(seat.pid, signal.SIGUSR1)
             if is_stopped(seat.pid):
                 self.notes.append(f"rank {seat.rank} was in the stopped state (SIGSTOP); continued for its stack")
                 self.link.signal(seat.pid, signal.SIGCONT)
+
+    def _may_stall(self) -> bool:
+        """Tell whether ranks could be waiting for each other without an end before the deadline."""
+        soon = self.state.deadline - time.monotonic() <= self.stall
+        grouped = self.job.comm in ("gloo", "nccl") and self.job.processes > 1
+        return self.state.phase is Phase.RUNNING and grouped and self.attempt == 0 and not soon
+
+    def _look_for_life(self) -> None:
+        now = time.monotonic()
+        if now < self.looked_at + STILL_POLL:
+            return
+        self.looked_at = now
+        waiting = [seat for seat in self.seats if self.state.ranks[seat.rank].status == "running"]
+        for seat in waiting:
+            seat.still.look(seat.pid, now)
+        if all(now - seat.still.since >= self.stall for seat in waiting) and all(sleeps(seat.pid) for seat in waiting):
+            self.stalled_for = now - max(seat.still.since for seat in waiting)
+            self._feed(machine.StoodStill())
+            # Whoever sleeps outside of a collective is asked again, but less and less often.
+            self.stall *= 2
+            for seat in waiting:
+                seat.still.since = now
 
     def _look_for_stacks(self) -> None:
         for seat in self.seats:
@@ -227,12 +285,16 @@ class Run:
             seat.stack_size = size
 
     def _report(self, seconds: float) -> JobReport:
+        for seat in self.seats:
+            seat.output.finish()
+            if seat.output.problem:
+                self.notes.append(f"rank {seat.rank} {seat.output.problem}")
         replies = [self._reply(seat) for seat in self.seats]
         times = [
             float(seat.reply.get("at", 0.0)) or self.state.ranks[seat.rank].settled_at or float("inf")
             for seat in self.seats
         ]
-        outcome, failure = judge(self.job, replies, times)
+        outcome, failure = judge(self.job, replies, times, self.stalled_for if self.state.stuck else 0.0)
         return JobReport(
             outcome=outcome,
             replies=replies,
@@ -245,12 +307,14 @@ class Run:
 
     def _reply(self, seat: _Seat) -> RankReply:
         known, sent = self.state.ranks[seat.rank], seat.reply
-        log = tail(seat.log, LOG_TAIL)
+        log = seat.output.tail(LOG_TAIL)
         stack = own_part(tail(seat.stack, STACK_LIMIT)) if known.status in ("hung", "stopped") else ""
         collective, place = sits_in(stack) if stack else ("", "")
-        error = str(sent.get("error", "")) or seat.problem
+        error = str(sent.get("error", ""))
         if known.status == "died":
             error = error or native_error(log)
+        elif known.status == "lost":
+            error = error or seat.problem
         elif known.status in ("hung", "stopped"):
             error = place
         by_signal = known.code is not None and known.code < 0
@@ -271,7 +335,7 @@ class Run:
             stack=stack,
             collective=collective,
             consequence=known.status in ("raised", "died") and is_consequence(error),
-            log=seat.log,
+            log=seat.output.path,
         )
 
 

@@ -70,6 +70,18 @@ def sits_in(stack: str) -> tuple[str, str]:
     return collective, place
 
 
+def waits_for_others(stack: str) -> bool:
+    """Tell whether only another rank can wake this one.
+
+    So it is when the thread that answered is in a collective, and no other thread is in anybody's own code: all that
+    is left of them are idle workers, which wait in the standard library, or threads that wait in torch themselves.
+    """
+    every = threads(stack)
+    if not every or not _collective(every[0]):
+        return False
+    return all(_is_torch(frames[0]) or _is_stdlib(frames[0]) for frames in every[1:])
+
+
 def _collective(frames: list[Frame]) -> str:
     # Only frames of torch at the inner end count: a sleep in user code under a hook is no collective.
     inner: list[Frame] = []

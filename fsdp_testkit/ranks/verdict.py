@@ -13,13 +13,16 @@ _BROKEN = ("raised", "died", "lost")
 STDERR_SHOWN = 20
 
 
-def judge(job: Job, replies: Sequence[RankReply], times: Sequence[float]) -> tuple[str, JobFailure | None]:
+def judge(
+    job: Job, replies: Sequence[RankReply], times: Sequence[float], stalled: float = 0.0
+) -> tuple[str, JobFailure | None]:
     """Decide the outcome of a job.
 
     Args:
         job: what was asked for.
         replies: one per process; ``consequence`` is set here.
         times: when the fate of each rank was decided, on one clock.
+        stalled: seconds for which the job had stood still when it was ended for that; 0 where it was not.
 
     Returns:
         (outcome, failure) as in `JobReport`.
@@ -29,12 +32,14 @@ def judge(job: Job, replies: Sequence[RankReply], times: Sequence[float]) -> tup
     idle = [item.rank for item in replies if item.status == "ok" and item.observations < job.min_observations]
     if all(reply.status == "ok" for reply in replies) and not idle:
         return "passed", None
-    kind, first, sentence = _cause(job, replies, times, idle)
+    kind, first, sentence = _cause(job, replies, times, idle, stalled)
     summary = f"{job.title}: {sentence}"
     return "failed", JobFailure(kind=kind, first_rank=first, summary=summary, text=_account(replies, first))
 
 
-def _cause(job: Job, replies: Sequence[RankReply], times: Sequence[float], idle: list[int]) -> tuple[str, int, str]:
+def _cause(
+    job: Job, replies: Sequence[RankReply], times: Sequence[float], idle: list[int], stalled: float
+) -> tuple[str, int, str]:
     count = len(replies)
     broken = [reply for reply in replies if reply.status in _BROKEN]
     roots = [reply for reply in broken if not reply.consequence]
@@ -46,7 +51,7 @@ def _cause(job: Job, replies: Sequence[RankReply], times: Sequence[float], idle:
     hung = [reply for reply in replies if reply.status == "hung"]
     skipped = [reply for reply in replies if reply.status == "skipped"]
     if hung and not skipped:
-        return _hang(job, replies, hung)
+        return _hang(job, replies, hung, stalled)
     if skipped:
         lone = skipped[0]
         others = _names([reply.rank for reply in replies if reply.status != "skipped"])
@@ -61,7 +66,7 @@ def _cause(job: Job, replies: Sequence[RankReply], times: Sequence[float], idle:
     return "no_observation", idle[0], f"{_names(idle)} of {count} reported success but made {made}"
 
 
-def _hang(job: Job, replies: Sequence[RankReply], hung: list[RankReply]) -> tuple[str, int, str]:
+def _hang(job: Job, replies: Sequence[RankReply], hung: list[RankReply], stalled: float) -> tuple[str, int, str]:
     # Who waits in a collective waits for somebody: the rank that is elsewhere is the one to look at.
     elsewhere = [reply for reply in hung if not reply.collective]
     returned = [reply.rank for reply in replies if reply.status == "ok"]
@@ -71,12 +76,11 @@ def _hang(job: Job, replies: Sequence[RankReply], hung: list[RankReply]) -> tupl
         parts.append(f"{_names(returned)} had returned")
         if not elsewhere:
             first = returned[0]
-    silent = _names([reply.rank for reply in hung])
-    return (
-        "hang",
-        first,
-        f"no reply from {silent} of {len(replies)} within {job.deadline:g} s: {'; '.join(parts)}",
-    )
+    silent = f"{_names([reply.rank for reply in hung])} of {len(replies)}"
+    how = f"no reply from {silent} within {job.deadline:g} s"
+    if stalled:
+        how = f"{silent} cannot go on, and stood still for {stalled:.0f} s"
+    return "hang", first, f"{how}: {'; '.join(parts)}"
 
 
 def _place(reply: RankReply) -> str:
@@ -109,7 +113,7 @@ def _deed(reply: RankReply) -> str:
             return f"was ended by {reply.signal} before it replied{hint}{detail}"
         return f"exited with status {reply.exitcode} before it replied{detail}"
     if reply.status == "hung":
-        return f"did not reply by the deadline; it {_place(reply)}"
+        return f"did not reply; it {_place(reply)}"
     if reply.status == "stopped":
         return f"was stopped after the failure; it {_place(reply)}"
     return f"returned after {reply.seconds:.2f} s with {reply.observations} observations"

@@ -1,0 +1,47 @@
+"""Whether ranks do anything at all, told by the kernel's account of them. Linux; elsewhere they always do.
+
+A rank that waits in a gloo collective sleeps, and so do the threads that move its data once nothing arrives. One that
+computes runs, one that is starved by others is runnable, one that reads a disk waits without interruption: none of
+them stands still. A rank that waits for NCCL polls, and is taken to be busy: NCCL has a watchdog of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+#: CPU seconds that a process may spend within the time in which it is said to stand still: timers of libraries.
+IDLE = 0.02
+_TICK = 1.0 / os.sysconf("SC_CLK_TCK")
+
+
+class Stillness:
+    """Since when one process has stood still."""
+
+    def __init__(self, now: float) -> None:
+        self.since = now
+        self._spent = 0.0
+
+    def look(self, pid: int, now: float) -> None:
+        """Look at process ``pid``; ``now`` in seconds."""
+        state, spent = _account(f"/proc/{pid}/stat")
+        if state != "S" or spent > self._spent + IDLE:
+            self.since, self._spent = now, spent
+
+
+def sleeps(pid: int) -> bool:
+    """Tell whether all threads of a process sleep, in a way that a signal would end."""
+    try:
+        tasks = [entry.name for entry in os.scandir(f"/proc/{pid}/task")]
+    except OSError:
+        return False
+    return bool(tasks) and all(_account(f"/proc/{pid}/task/{task}/stat")[0] == "S" for task in tasks)
+
+
+def _account(path: str) -> tuple[str, float]:
+    """Return the state of a process or thread and the CPU seconds it has spent; see proc(5)."""
+    try:
+        fields = Path(path).read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "", 0.0
+    return fields[0], (int(fields[11]) + int(fields[12])) * _TICK
