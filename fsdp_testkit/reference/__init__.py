@@ -12,10 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fsdp_testkit.reference.errors import LoadError, PlanError, SaveError, TrainingStateError
+    from fsdp_testkit.reference.errors import LoadError, PlanError, SaveError, SwitchError, TrainingStateError
     from fsdp_testkit.reference.load import load_sharded
     from fsdp_testkit.reference.plan import ModuleOptions, Plan
     from fsdp_testkit.reference.save import save_sharded
+    from fsdp_testkit.reference.switches import efficient_loading, switched
     from fsdp_testkit.reference.training import load_training, save_training
 
 __all__ = [
@@ -24,11 +25,14 @@ __all__ = [
     "Plan",
     "PlanError",
     "SaveError",
+    "SwitchError",
     "TrainingStateError",
+    "efficient_loading",
     "load_sharded",
     "load_training",
     "save_sharded",
     "save_training",
+    "switched",
 ]
 
 _HOMES = {
@@ -37,11 +41,14 @@ _HOMES = {
     "Plan": "plan",
     "PlanError": "errors",
     "SaveError": "errors",
+    "SwitchError": "errors",
     "TrainingStateError": "errors",
+    "efficient_loading": "switches",
     "load_sharded": "load",
     "load_training": "training",
     "save_sharded": "save",
     "save_training": "training",
+    "switched": "switches",
 }
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import core_model_loading as _core
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.distributed import is_fsdp_enabled
 
 __all__ = [
     "TorchDispatchMode",
@@ -45,6 +46,7 @@ __all__ = [
     "tied_patterns",
     "tree_flatten",
     "tree_map_only",
+    "waits_for_rank0",
     "written_arguments",
 ]
 
@@ -176,6 +178,11 @@ def tied_patterns(model: nn.Module) -> list[str]:
         declared = getattr(module, "_tied_weights_keys", None) or {}
         patterns += [f"{name}.{key}" if name else key for key in declared]
     return patterns
+
+
+def waits_for_rank0() -> bool:
+    """Return whether transformers reads the environment as: only a node's first rank loads weights."""
+    return bool(is_fsdp_enabled())
 
 
 def written_arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

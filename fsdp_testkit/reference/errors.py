@@ -27,3 +27,7 @@ class SaveError(ReferenceLoaderError):
 
 class TrainingStateError(ReferenceLoaderError):
     """A training state is missing, foreign, or does not fit model, optimizer or scheduler."""
+
+
+class SwitchError(ReferenceLoaderError):
+    """An environment switch cannot be set, or has no effect."""

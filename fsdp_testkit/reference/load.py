@@ -10,12 +10,12 @@ import torch
 import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from fsdp_testkit.reference import adapter, dcp, units
 from fsdp_testkit.reference.build import Recorder
 from fsdp_testkit.reference.errors import LoadError
 from fsdp_testkit.reference.files import Checkpoint
+from fsdp_testkit.reference.places import Places
 from fsdp_testkit.reference.plan import Plan
 from fsdp_testkit.reference.weights import GroupReader, WeightMap, match
 
@@ -84,7 +84,7 @@ def load_sharded(
     spare = _record_inits(model, recorder, loaded)
     adapter.forget_meshes()
     units.apply(cut, model, mesh)
-    places = _Places(model, cut, mesh, target)
+    places = Places(model, cut, mesh, target)
     if weights is None:
         saved.read(places.allocate(loaded))  # type: ignore[union-attr]  # the DCP branch
     else:
@@ -191,88 +191,7 @@ def _record_inits(model: Any, recorder: Recorder, loaded: set[str]) -> dict[str,
     return {name: tensor.detach() for name, tensor in tensors.items() if id(tensor) not in given}
 
 
-class _Places:
-    """The real tensors of this rank, one per parameter or buffer of the sharded meta model."""
-
-    def __init__(self, model: Any, cut: list[units.Unit], mesh: Any, device: torch.device) -> None:
-        self.model = model
-        self.mesh = mesh
-        self.device = device
-        self.offloaded: set[int] = set()
-        taken: set[int] = set()
-        for unit in cut:  # children first: what an inner unit took is not the outer one's
-            for name in unit.modules:
-                for parameter in model.get_submodule(name).parameters():
-                    if id(parameter) not in taken and unit.options.cpu_offload:
-                        self.offloaded.add(id(parameter))
-                    taken.add(id(parameter))
-        self.tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self.tensors |= dict(model.named_buffers(remove_duplicate=False))
-        self.real: dict[int, torch.Tensor] = {}
-
-    def window(self, name: str) -> tuple[torch.Tensor, int]:
-        """Return (this rank's part of the tensor, uninitialised if new; its first row)."""
-        tensor = self.tensors[name]
-        part, start = tensor, 0
-        if isinstance(tensor, DTensor):
-            part = tensor.to_local()
-            if tensor.placements[-1] != Shard(0):
-                raise AssertionError(f"{name} has placements {tensor.placements}")
-            # torch.chunk's rule: equal chunks, rounded up, so that the last ones may be short or empty
-            rows, size = tensor.shape[0], self.mesh.size(self.mesh.ndim - 1)
-            start = min(rows, -(-rows // size) * self.mesh.get_coordinate()[-1])
-        if id(tensor) not in self.real:
-            device = torch.device("cpu") if id(tensor) in self.offloaded else self.device
-            self.real[id(tensor)] = torch.empty(part.shape, dtype=part.dtype, device=device)
-        return self.real[id(tensor)], start
-
-    def allocate(self, names: set[str]) -> dict[str, torch.Tensor]:
-        """Return name -> tensor to be filled: a `DTensor` over this rank's part, or the tensor itself."""
-        return {name: self._wrapped(self.tensors[name], self.window(name)[0]) for name in sorted(names)}
-
-    def fill_spare(self, spare: dict[str, torch.Tensor], recorder: Recorder) -> None:
-        """Compute what no file gave, by the model's own constructor and initialisation."""
-        # the same random values, if any, on every rank; the caller's generators stay untouched
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for name, recorded in spare.items():
-                out, start = self.window(name)
-                value = recorder.compute(recorded)
-                out.copy_(value[start : start + out.shape[0]] if out.ndim else value)
-
-    def install(self) -> None:
-        """Put the real tensors into the model, one object for all places of a tied parameter."""
-        fresh: dict[int, torch.Tensor] = {}
-        for module in self.model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in self.real:
-                        raise LoadError(f"no value for {name!r} of {type(module).__name__}")
-                    if id(tensor) not in fresh:
-                        value = self._wrapped(tensor, self.real[id(tensor)])
-                        if isinstance(tensor, nn.Parameter):
-                            value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-                        adapter.mark_initialized(value)
-                        fresh[id(tensor)] = value
-                    setattr(module, name, fresh[id(tensor)])
-
-    def _wrapped(self, tensor: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, DTensor):
-            return real
-        wrapped: torch.Tensor = DTensor.from_local(
-            real,
-            self.mesh,
-            tensor.placements,
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
-        return wrapped
-
-
-def _read_groups(weights: WeightMap, saved: Any, model: Any, places: _Places) -> None:
+def _read_groups(weights: WeightMap, saved: Any, model: Any, places: Places) -> None:
     filled: dict[int, str] = {}
     for group in weights.groups:
         reader = GroupReader(group, saved, model)
