@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BOTH = ("untied", "tied")
+#: ``core`` always runs; ``extended`` runs beside it where it is asked for.
+TIERS = ("core", "extended")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +18,7 @@ class TestInfo:
         variants: ``untied`` and ``tied``, or ``default`` (the model type's own value).
         needs: capabilities without which the test is not applicable.
         summary: one line for lists.
+        tier: one of `TIERS`.
     """
 
     __test__ = False  # pytest must not collect it
@@ -24,12 +27,18 @@ class TestInfo:
     variants: tuple[str, ...]
     needs: frozenset[str]
     summary: str
+    tier: str = "core"
 
 
-def _info(name: str, variants: tuple[str, ...], needs: str, summary: str) -> TestInfo:
-    return TestInfo(name=name, variants=variants, needs=frozenset(needs.split()), summary=summary)
+def _info(name: str, variants: tuple[str, ...], needs: str, summary: str, tier: str = "core") -> TestInfo:
+    return TestInfo(name=name, variants=variants, needs=frozenset(needs.split()), summary=summary, tier=tier)
 
 
+def _extended(name: str, variants: tuple[str, ...], needs: str, summary: str) -> TestInfo:
+    return _info(name, variants, needs, summary, "extended")
+
+
+DEFAULT = ("default",)
 TESTS: dict[str, TestInfo] = {
     info.name: info
     for info in (
@@ -56,5 +65,50 @@ TESTS: dict[str, TestInfo] = {
         _info("dcp", ("default",), "dcp", "DCP save at 2 ranks, load at 1, 2, 4 and 2 x 2"),
         _info("resume", ("default",), "resume dcp", "interrupted and resumed equals uninterrupted, dropout on"),
         _info("meta_init", ("default",), "meta_init", "no rank builds or initialises a full model in vain"),
+        _extended(
+            "accumulation",
+            BOTH,
+            "auto_plan gradient_sync",
+            "three micro-batches, reduced once or each time; six parameter groups, every step clipped",
+        ),
+        _extended(
+            "mesh_shapes",
+            BOTH,
+            "auto_plan hsdp",
+            "training on 1 rank, on 3, and on 1 x 2 and 2 x 1 meshes, vs truth and DDP",
+        ),
+        _extended(
+            "adapters",
+            DEFAULT,
+            "auto_plan",
+            "low-rank adapters of 1, w - 1 and w + 1 rows beside frozen weights, on 3 ranks",
+        ),
+        _extended(
+            "checkpointing",
+            DEFAULT,
+            "auto_plan activation_checkpointing",
+            "activation checkpointing with dropout: recomputed masks are the same",
+        ),
+        _extended("evaluation", DEFAULT, "auto_plan", "evaluation between training steps changes no state"),
+        _extended(
+            "mixed_precision",
+            DEFAULT,
+            "auto_plan mixed_precision",
+            "bf16 compute, fp32 reduction, modules kept in fp32",
+        ),
+        _extended(
+            "cpu_offload",
+            DEFAULT,
+            "auto_plan cpu_offload gradient_sync",
+            "offloaded parameters, two micro-batches a step",
+        ),
+        _extended("idle_experts", DEFAULT, "auto_plan", "experts that get tokens on some ranks only"),
+        _extended("repeated_saving", DEFAULT, "safetensors", "six saves and loads in one process: no drift, no growth"),
+        _extended("lone_save", DEFAULT, "safetensors", "a save that one rank alone calls works or is refused"),
     )
 }
+
+
+def of_tier(tier: str) -> tuple[str, ...]:
+    """Return the names of the tests that run in a tier: ``extended`` holds ``core``."""
+    return tuple(info.name for info in TESTS.values() if info.tier == "core" or tier == "extended")

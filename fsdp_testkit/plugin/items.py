@@ -43,16 +43,22 @@ def pytest_pycollect_makeitem(
     """Replace a `ModelMatrix` by one class per selected model; never collect the mixin itself."""
     # told by attribute, so that sessions without FSDP tests do not import the mixin
     if isinstance(obj, type):
-        return [] if obj.__dict__.get("_fsdp_kit_role") == "mixin" else None
+        if obj.__dict__.get("_fsdp_kit_role") == "mixin":
+            return []
+        if (follow := getattr(obj, "_fsdp_kit_follow", None)) is not None:
+            follow(collector.config.stash[RUN_OPTIONS].tier)
+        return None
     if getattr(type(obj), "_fsdp_kit_role", None) != "matrix":
         return None
     matrix: Any = obj
     with usage_errors():
-        classes = matrix.classes(collector.config.stash[RUN_OPTIONS].models, collector.obj.__name__)
+        options = collector.config.stash[RUN_OPTIONS]
+        classes = matrix.classes(options.models, collector.obj.__name__)
     nodes: list[pytest.Item | pytest.Collector] = []
     for cls in classes:
         if hasattr(collector.obj, cls.__name__):
             raise pytest.UsageError(f"{name}: the module already holds {cls.__name__!r}; rename that class")
+        cls._fsdp_kit_follow(options.tier)
         node = pytest.Class.from_parent(collector, name=cls.__name__)
         # the class is no attribute of the module, so that every session can select other models
         node.obj = cls

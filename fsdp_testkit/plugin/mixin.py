@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import difflib
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ import pytest
 
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.core.result import BAD_OUTCOMES, Result
-from fsdp_testkit.engine.catalogue_of_tests import TESTS
+from fsdp_testkit.engine.catalogue_of_tests import TESTS, TIERS, of_tier
 from fsdp_testkit.engine.ledger import Ledger
 from fsdp_testkit.plugin import options as checks
 from fsdp_testkit.plugin import source
@@ -31,7 +31,7 @@ from fsdp_testkit.reporting.failure import failure_text
 
 PREFIX = "test_kit_"
 #: Attributes that a subclass may set, for the explanation of a misspelt one.
-_ATTRIBUTES = ("fsdp_backend", "fsdp_deadline", "fsdp_seed", "fsdp_tests")
+_ATTRIBUTES = ("fsdp_backend", "fsdp_deadline", "fsdp_seed", "fsdp_tests", "fsdp_tier")
 
 
 def method_name(test: str, variant: str) -> str:
@@ -39,10 +39,12 @@ def method_name(test: str, variant: str) -> str:
     return f"{PREFIX}{test}" if variant == "default" else f"{PREFIX}{test}_{variant}"
 
 
-#: Method name -> (test, variant), in the catalogue's order.
-METHODS: dict[str, tuple[str, str]] = {
+#: Method name -> (test, variant) of all tiers, in the catalogue's order.
+ALL_METHODS: dict[str, tuple[str, str]] = {
     method_name(info.name, variant): (info.name, variant) for info in TESTS.values() for variant in info.variants
 }
+#: The same for what a class has by default: the core tier.
+METHODS = {name: cell for name, cell in ALL_METHODS.items() if cell[0] in of_tier("core")}
 
 
 class FSDPTesterMixin:
@@ -68,7 +70,8 @@ class FSDPTesterMixin:
         fsdp_deadline: seconds for one job; by default ``--fsdp-deadline``. The marker
             ``@pytest.mark.fsdp_deadline(120)`` goes before it; set it for the class, as tests with another
             deadline share no work.
-        fsdp_tests: names of the tests to run; by default all.
+        fsdp_tier: ``core`` or ``extended``; by default ``--fsdp-tier``.
+        fsdp_tests: names of the tests to run, of whatever tier; by default all of the tier.
     """
 
     # no values here: beside other bases a default would hide what they set
@@ -79,21 +82,37 @@ class FSDPTesterMixin:
     fsdp_seed: int
     fsdp_deadline: float
     fsdp_tests: tuple[str, ...]
+    fsdp_tier: str
 
     _fsdp_kit_role: ClassVar[str] = "mixin"
-    _fsdp_kit_methods: ClassVar[dict[str, tuple[str, str]]] = METHODS
+    _fsdp_kit_methods: ClassVar[dict[str, tuple[str, str]]] = ALL_METHODS
     _fsdp_kit_node: pytest.Item | None = None
+    _fsdp_kit_tier: ClassVar[str] = "core"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # before the other bases: transformers wraps every test it finds from here
         _check_attributes(cls)
         if "fsdp_tests" in cls.__dict__:
-            chosen = cls.fsdp_tests
-            for name, (test, _) in METHODS.items():
-                if name not in cls.__dict__:
-                    # None is collected neither by pytest nor by unittest
-                    setattr(cls, name, getattr(FSDPTesterMixin, name) if test in chosen else None)
+            cls._fsdp_kit_have(cls.fsdp_tests)
+        elif "fsdp_tier" in cls.__dict__ and not hasattr(cls, "fsdp_tests"):
+            cls._fsdp_kit_have(of_tier(cls.fsdp_tier))
         super().__init_subclass__(**kwargs)
+
+    @classmethod
+    def _fsdp_kit_have(cls, tests: Collection[str]) -> None:
+        """Give the class the methods of these tests and take those of all others away."""
+        for name, (test, _) in ALL_METHODS.items():
+            own = cls.__dict__.get(name)
+            if own is None or own is _FUNCTIONS[name]:  # a method that the user wrote stays
+                # None is collected neither by pytest nor by unittest
+                setattr(cls, name, _FUNCTIONS[name] if test in tests else None)
+
+    @classmethod
+    def _fsdp_kit_follow(cls, tier: str) -> None:
+        """Have the tests of the session's tier, unless the class chooses for itself."""
+        if cls._fsdp_kit_tier != tier and not hasattr(cls, "fsdp_tests") and not hasattr(cls, "fsdp_tier"):
+            cls._fsdp_kit_have(of_tier(tier))
+            cls._fsdp_kit_tier = tier
 
     @classmethod
     def _fsdp_kit_model_name(cls) -> str:
@@ -129,6 +148,8 @@ def _check_attributes(cls: type[FSDPTesterMixin]) -> None:
         checks.deadline(f"{owner}.fsdp_deadline", cls.fsdp_deadline)
     if "fsdp_tests" in own:
         _check_tests(owner, cls.fsdp_tests)
+    if "fsdp_tier" in own:
+        checks.choice(f"{owner}.fsdp_tier", cls.fsdp_tier, TIERS)
     if own.get("model_type") is not None and getattr(cls, "config", None) is None:
         source.check_model_type(f"{owner}.model_type", own["model_type"])
 
@@ -223,5 +244,6 @@ def _method(name: str, test: str, variant: str) -> Callable[[FSDPTesterMixin], N
     return run
 
 
-for _name, (_test, _variant) in METHODS.items():
-    setattr(FSDPTesterMixin, _name, _method(_name, _test, _variant))
+_FUNCTIONS = {name: _method(name, *cell) for name, cell in ALL_METHODS.items()}
+for _name in METHODS:
+    setattr(FSDPTesterMixin, _name, _FUNCTIONS[_name])

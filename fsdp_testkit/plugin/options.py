@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fsdp_testkit.core.errors import EnvironmentLacksError, UsageError
+from fsdp_testkit.engine.catalogue_of_tests import TIERS
 
 BACKENDS = ("reference", "transformers")
 START_METHODS = ("forkserver", "spawn")
@@ -45,6 +46,7 @@ class RunOptions:
         report: where the JSON report goes.
         ledgers: files with known failures.
         slots: ranks that run at the same time over all workers: ``none``, ``cores`` or a number.
+        tier: ``core`` or ``extended``.
     """
 
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -52,6 +54,7 @@ class RunOptions:
     report: Path | None = None
     ledgers: tuple[Path, ...] = ()
     slots: str = "none"
+    tier: str = "core"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for the report."""
@@ -59,6 +62,7 @@ class RunOptions:
             **asdict(self.engine),
             "models": None if self.models is None else list(self.models),
             "ledgers": [str(path) for path in self.ledgers],
+            "tier": self.tier,
         }
 
 
@@ -70,6 +74,7 @@ _TEXT_OPTIONS: dict[str, tuple[str, str]] = {
     "report": ("FILE.json", "write all result rows there; an existing file is replaced at the end"),
     "seed": ("N", "seed of weights, batches and dropout (default 0)"),
     "deadline": ("SECONDS", "time limit of one job on the ranks (default 60)"),
+    "tier": ("NAME", "core, or extended for the core tests and more (default core)"),
     "device": ("NAME", "cpu or cuda (default cpu)"),
     "start-method": ("NAME", "forkserver or spawn (default forkserver; spawn with cuda)"),
     "slots": ("N", "ranks at the same time over all xdist workers: a number, cores or none (default none)"),
@@ -141,6 +146,7 @@ def read_options(config: pytest.Config) -> RunOptions:
         ),
         models=_models(text("models")),
         slots=_slots(text("slots") or "none"),
+        tier=choice("--fsdp-tier", text("tier") or "core", TIERS),
         report=here / report if report is not None else (root / ini_report if ini_report else None),
         ledgers=(
             *config.getini("fsdp_ledger"),

@@ -99,11 +99,11 @@ class _Collector:
         """Return the cell of an item that only its node id is known of: that of a worker that died."""
         if (owner := scope_of(nodeid)) is None:
             return None
-        from fsdp_testkit.plugin.mixin import METHODS
+        from fsdp_testkit.plugin.mixin import ALL_METHODS
 
         method = nodeid.rpartition("::")[2]
         model_type = self.models.get(owner, owner.rpartition("::")[2])
-        return (model_type, *METHODS[method]) if method in METHODS else None
+        return (model_type, *ALL_METHODS[method]) if method in ALL_METHODS else None
 
 
 def pack(rows: Iterable[Result]) -> str:
