@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -55,9 +57,18 @@ def forget_meshes() -> None:
     """Drop DTensor's memory of earlier meshes.
 
     It is keyed by a mesh's ranks and names: a mesh made after the process group was replaced finds the old one's
-    results, and new tensors come out on a mesh whose groups are gone (or with another rank's coordinates).
+    results, and new tensors come out on a mesh whose groups are gone (or with another rank's coordinates). Under
+    the same group nothing is dropped: to find the rules again costs more than a small model's training step.
     """
-    _clear_sharding_prop_cache()
+    global _world
+    world = dist.group.WORLD
+    if _world is None or world is None or _world() is not world:
+        _clear_sharding_prop_cache()
+        _world = None if world is None else weakref.ref(world)
+
+
+#: The process group that DTensor's memory is about.
+_world: weakref.ref[Any] | None = None
 
 
 def construct(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
