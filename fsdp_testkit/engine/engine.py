@@ -6,8 +6,9 @@ import copy
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fsdp_testkit.core.case import Case, ModelSpec
@@ -16,8 +17,9 @@ from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.core.versions import check_supported
 from fsdp_testkit.engine.catalogue_of_tests import TESTS
+from fsdp_testkit.engine.jobs import Jobs
 from fsdp_testkit.engine.outcome import Outcome
-from fsdp_testkit.engine.tests import PROCEDURES
+from fsdp_testkit.engine.tests import PROCEDURES, prepare
 from fsdp_testkit.engine.work import OracleFailedError, SpecWork
 from fsdp_testkit.ranks import Harness, Slots
 
@@ -46,6 +48,10 @@ PRELOAD = (
     "fsdp_testkit.backends.reference",
     "fsdp_testkit.backends.ddp",
 )
+
+
+#: A test and its variant.
+Cell = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +99,10 @@ class Engine:
         self._harness: Harness | None = None
         self._folder: Path | None = None
         self._works: dict[ModelSpec, SpecWork] = {}
+        self._jobs: Jobs | None = None
+        #: What `expect` announced and was not asked for yet, and what of it is done.
+        self._expected: dict[ModelSpec, list[Cell]] = {}
+        self._done: dict[tuple[ModelSpec, Cell], list[Result]] = {}
         #: Fault activations of models that were forgotten.
         self._past_hits = 0
 
@@ -115,8 +125,48 @@ class Engine:
             raise UsageError(f"test={test!r} must be one of {', '.join(TESTS)}")
         if variant not in ("untied", "tied", "default"):
             raise UsageError(f"variant={variant!r} must be 'untied', 'tied' or 'default'")
+        cell = (test, variant)
+        if (spec, cell) in self._done:
+            return self._done.pop((spec, cell))
+        expected = self._expected.pop(spec, [])
+        if cell not in expected or self.settings.fault or len(expected) < 2:
+            return self._rows(spec, cell)
+        self._run_together(spec, expected)
+        return self._done.pop((spec, cell))
+
+    def expect(self, spec: ModelSpec, cells: Iterable[Cell]) -> None:
+        """Say which tests of a model will be asked for: the first `run_test` then runs all of them.
+
+        Their jobs share ranks, which takes a third of the time. Nothing is run that is not asked for later,
+        and a test that was not announced, or is asked for again, runs alone. An armed fault has no company.
+
+        Args:
+            spec: the model, as `run_test` will get it.
+            cells: (test, variant) of each.
+        """
+        self._expected[spec] = list(dict.fromkeys(cells))
+
+    def _run_together(self, spec: ModelSpec, cells: list[Cell]) -> None:
+        together = self.work(self._variant(spec, cells[0][1])).jobs.together
+        # what is the default variant shows in the truth of any other
+        explicit = dict.fromkeys(variant for _, variant in cells if variant != "default")
+        together.all([partial(prepare, self, self.work(self._variant(spec, variant))) for variant in explicit])
+        ended = together.all([partial(self._rows, spec, cell) for cell in cells])
+        for cell, end in zip(cells, ended, strict=True):
+            if end.error is not None:
+                raise end.error
+            assert end.value is not None
+            for row in end.value:
+                row.seconds = round(end.seconds / len(end.value), 4)
+            self._done[spec, cell] = end.value
+
+    def _variant(self, spec: ModelSpec, variant: str) -> ModelSpec:
         tie = {"untied": False, "tied": True, "default": None}[variant]
-        spec = replace(spec, tie=tie) if tie is not None else self._default(spec)
+        return replace(spec, tie=tie) if tie is not None else self._default(spec)
+
+    def _rows(self, spec: ModelSpec, cell: Cell) -> list[Result]:
+        test, variant = cell
+        spec = self._variant(spec, variant)
         procedure: Callable[[Engine, SpecWork], list[Outcome]] = PROCEDURES[test]
         started = time.monotonic()
         hits_before = self._hits()
@@ -171,7 +221,7 @@ class Engine:
         self._forget()
         if self._harness is not None:
             self._harness.close()
-            self._harness = None
+            self._harness = self._jobs = None
         self._folder = None
 
     def case(self, work: SpecWork, test: str, layout: Layout, **fields: object) -> Case:
@@ -209,9 +259,9 @@ class Engine:
             self._forget()
         self._start()
         assert self._folder is not None
-        assert self._harness is not None
+        assert self._jobs is not None
         folder = Path(tempfile.mkdtemp(prefix=f"{spec.model_type}-{spec.variant}-", dir=self._folder))
-        self._works[spec] = SpecWork(self._harness, spec, folder=folder, deadline=self.settings.deadline)
+        self._works[spec] = SpecWork(self._jobs, spec, folder=folder, deadline=self.settings.deadline)
         return self._works[spec]
 
     def _default(self, spec: ModelSpec) -> ModelSpec:
@@ -231,6 +281,7 @@ class Engine:
             self._harness = Harness(
                 start_method=self.settings.start_method, preload=PRELOAD, slots=self._slots, scale_deadlines=True
             )
+            self._jobs = Jobs(self._harness)
             self._folder = self._harness.folder / "models"
             self._folder.mkdir()
 
@@ -242,6 +293,7 @@ class Engine:
         for work in self._works.values():
             work.close()
         self._works.clear()
+        self._done.clear()
 
 
 def same_model(spec: ModelSpec) -> ModelSpec:

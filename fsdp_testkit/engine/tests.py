@@ -26,6 +26,7 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence, TensorData
 from fsdp_testkit.core.finding import Verdict
 from fsdp_testkit.core.layout import Layout
+from fsdp_testkit.engine.explain import look_closer
 from fsdp_testkit.engine.judge import decide_rounding, judge_training, needs_fp64
 from fsdp_testkit.engine.outcome import Outcome, judged
 from fsdp_testkit.engine.work import Run, SpecWork
@@ -67,19 +68,19 @@ def sharding_structure(engine: Engine, work: SpecWork) -> list[Outcome]:
         mine = [index for index, (claimed, _) in enumerate(claims) if claimed.layout == layout]
         # a layout must not fail for another one's failure
         run = claim(work, [claims[index] for index in mine]) if together.failure else together
-        found = [] if run.failure else run.get() if together.failure else [run.get()[index] for index in mine]
+        places = range(len(mine)) if together.failure else mine
+        found = [] if run.failure else [run.get(f"claim{index}")[0] for index in places]
         outcomes.append(judged(claims[mine[0]][0], run, partial(check_structure, found, tree, layout)))
     return outcomes
 
 
 def claim(work: SpecWork, claims: list[tuple[Case, int]]) -> Run:
-    """Run lone processes that each claim to be one rank of a layout."""
+    """Run a lone process that claims to be one rank after the other; evidence ``claim0``, ``claim1``, ..."""
     return work.job(
         "structure:run",
         {"claims": [[case.to_json(), rank] for case, rank in claims], "checkpoint": str(work.checkpoint)},
-        Layout(kind="fsdp", shard=len(claims)),
+        Layout(kind="single"),
         name=f"{work.spec.model_type} claimed structure",
-        comm="none",
     )
 
 
@@ -178,6 +179,7 @@ def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
     )
     for layouts in (["fsdp(2)"], ["fsdp(3)"]):
         outcome.verdict.add(load_elsewhere(work, case, folder, saved, full, layouts))
+    look_closer(outcome, work, case, saved.get(), work.truth(cases[0]))
     return [outcome]
 
 
@@ -231,6 +233,7 @@ def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
         return None if run.failure else check_training(run.get(), work.truth(exact), exact, "truth")
 
     settle(outcome, case, exact_verdict)
+    look_closer(outcome, work, case, whole.get(), truth)
     return [outcome]
 
 
@@ -305,6 +308,7 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
         return None if again.failure else judge_training(again.get(), work.ddp(exact), work.truth(exact), exact)
 
     settle(outcome, case, exact_verdict)
+    look_closer(outcome, work, case, run.get(), truth)
     return [outcome]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +12,7 @@ from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.errors import InternalError
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.layout import Layout
-from fsdp_testkit.ranks import Harness, Job, JobReport
-
-SCENARIOS = "fsdp_testkit.scenarios"
-#: Files in which a fault tallies its hits; the name is `fsdp_testkit.scenarios.arming.TALLY` (which imports torch).
-TALLY = "fault_hits"
-
-
-@dataclass(slots=True)
-class Run:
-    """One job's outcome: evidence by name, each a list over ranks; or a failure.
-
-    Attributes:
-        evidence: name -> evidence of ranks 0, 1, ...
-        failure: one line, ``""`` where the job passed.
-        report: the harness's full text.
-        first_rank: the rank that failed first.
-    """
-
-    evidence: dict[str, list[Evidence]] = field(default_factory=dict)
-    failure: str = ""
-    report: str = ""
-    first_rank: int | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def get(self, name: str = "evidence") -> list[Evidence]:
-        """Return the evidence called ``name`` of all ranks."""
-        return self.evidence[name]
-
+from fsdp_testkit.engine.jobs import SCENARIOS, Jobs, Order, Run
 
 class OracleFailedError(InternalError):
     """Truth or DDP could not be computed: nothing can be judged."""
@@ -48,9 +21,9 @@ class OracleFailedError(InternalError):
 class SpecWork:
     """Work shared by the tests of one `ModelSpec`. Everything lies under one folder."""
 
-    def __init__(self, harness: Harness, spec: ModelSpec, *, folder: Path, deadline: float) -> None:
+    def __init__(self, jobs: Jobs, spec: ModelSpec, *, folder: Path, deadline: float) -> None:
         self.spec = spec
-        self._harness = harness
+        self.jobs = jobs
         self._deadline = deadline
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,42 +102,31 @@ class SpecWork:
 
     def job(self, target: str, args: dict[str, Any], layout: Layout, *, name: str, comm: str = "") -> Run:
         """Run a scenario function on the layout's ranks and collect its evidence."""
-        if not self._warm:
+        case = args.get("case") or next(iter(args.get("cases", [])), "")
+        if case and not self._warm:
             self._warm = True
-            case = args.get("case") or next(iter(args.get("cases", [])), "")
-            if case:
-                self._harness.warm(f"{SCENARIOS}.warm:model", {"case": case})
-        report = self._harness.run(
-            Job(
-                target=f"{SCENARIOS}.{target}",
-                args=args,
-                world_size=layout.world_size,
-                device=layout.device,
-                comm=comm or ("none" if layout.kind == "single" else layout.comm),
-                deadline=self._deadline,
-                name=name,
-            )
+            self.jobs.harness.warm(f"{SCENARIOS}.warm:model", {"case": case})
+        order = Order(
+            target=target,
+            args=args,
+            layout=layout,
+            comm=comm or ("none" if layout.kind == "single" else layout.comm),
+            name=name,
+            deadline=self._deadline,
+            role=role(target, case),
         )
-        try:
-            self.fault_hits += sum(file.stat().st_size for file in Path(report.folder).glob(f"{TALLY}.*"))
-            return to_run(report)
-        finally:
-            report.discard()
-
-
-def to_run(report: JobReport) -> Run:
-    """Turn a job's report into a run; evidence files stay readable through their mapping."""
-    run = Run(notes=list(report.notes))
-    if report.outcome != "passed":
-        failure = report.failure
-        run.failure = failure.summary if failure is not None else f"the job was {report.outcome}"
-        run.report = failure.render() if failure is not None else ""
-        run.first_rank = failure.first_rank if failure is not None else None
+        run = self.jobs.run(order)
+        self.fault_hits += run.fault_hits
         return run
-    for reply in sorted(report.replies, key=lambda item: item.rank):
-        for name, path in reply.value.items():
-            run.evidence.setdefault(name, []).append(Evidence.read(Path(path)))
-    return run
+
+
+def role(target: str, case: str) -> str:
+    """Return whose code a job runs: truth's, the DDP oracle's, or that of the backend under test."""
+    if target.startswith("truth:"):
+        return "truth"
+    if target.startswith("structure:"):
+        return "claims"
+    return "oracle" if case and Case.from_json(case).backend == "ddp" else "backend"
 
 
 def truth_case(case: Case) -> Case:
@@ -181,3 +143,6 @@ def truth_key(case: Case) -> str:
 def describe(case: Case) -> str:
     """Return a short name of a case for reports."""
     return f"{case.model.model_type} {case.model.variant} {case.scenario} {case.layout} {case.backend}"
+
+
+__all__ = ["OracleFailedError", "Run", "SpecWork", "describe", "role", "truth_case", "truth_key"]

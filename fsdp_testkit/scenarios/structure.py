@@ -1,4 +1,4 @@
-"""Structure at world sizes that the machine does not have: a lone process claims to be one of the ranks."""
+"""Structure at world sizes that the machine does not have: a lone process claims to be one rank after the other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fsdp_testkit.backends.groups import forget_groups
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
@@ -17,19 +18,22 @@ from fsdp_testkit.scenarios.common import Loaded, reply
 
 
 def run(context: Any, *, claims: list[list[Any]], checkpoint: str) -> dict[str, Any]:
-    """Load under a fake process group as one claimed rank; structure only.
+    """Load under a fake process group as each claimed rank in turn; structure only.
 
-    ``claims`` holds [case, rank to claim]; this process takes the entry of its own rank. A process claims
-    once: torch caches device meshes by value, and a second group in one process finds the first one's.
+    ``claims`` holds [case, rank to claim]; the evidence of the first is ``claim0``, of the second ``claim1``, ...
     """
-    text, rank = claims[context.rank]
-    return reply(context, claim(context, Case.from_json(text), rank, Path(checkpoint)))
+    replies: dict[str, Any] = {}
+    for index, (text, rank) in enumerate(claims):
+        evidence = claim(context, Case.from_json(text), rank, Path(checkpoint))
+        replies |= reply(context, evidence, f"claim{index}")
+    return replies
 
 
 def claim(context: Any, case: Case, rank: int, checkpoint: Path) -> Evidence:
     """Observe the structure that ``rank`` would have."""
     evidence = Evidence(rank=rank)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=case.layout.world_size)
+    forget_groups()
     try:
         plain = replace(case, layout=replace(case.layout, comm="gloo"))
         with armed(plain, context) as backend:

@@ -1,0 +1,158 @@
+"""Procedures that wait for jobs at the same time, so that their jobs can share ranks.
+
+Each procedure is a plain function in a thread of its own, but only one of them runs at a time: a procedure
+that asks for a job stands still until it is there. When all stand still, those jobs that fit together are run
+in one go, by the thread that everything was started from, since Ctrl-C arrives there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class AbandonedError(BaseException):
+    """Raised in a procedure that waits while everything is being ended; nothing should catch it."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A job that procedures wait for.
+
+    Attributes:
+        key: equal keys ask for the same job.
+        payload: what the runner needs.
+        result: set by the runner.
+        error: raised in the procedures instead, where set.
+        seconds: what the job took.
+        askers: procedures that wait.
+    """
+
+    key: Any
+    payload: Any
+    result: Any = None
+    error: BaseException | None = None
+    seconds: float = 0.0
+    askers: list[_Task[Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Ended(Generic[T]):
+    """How a procedure ended: with a value or an exception; ``seconds`` with its share of the jobs."""
+
+    value: T | None = None
+    error: BaseException | None = None
+    seconds: float = 0.0
+
+
+class _Task(Generic[T]):
+    def __init__(self, together: Together, function: Callable[[], T]) -> None:
+        self.ended: Ended[T] = Ended()
+        self.done = False
+        self.abandoned = False
+        self._function = function
+        self._together = together
+        self._go = threading.Semaphore(0)
+        self._stands = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._main, name="procedure", daemon=True)
+        self._thread.start()
+
+    def go_on(self) -> None:
+        """Let it run until it waits for a job or ends."""
+        started = time.monotonic()
+        self._go.release()
+        self._stands.acquire()
+        self.ended.seconds += time.monotonic() - started
+        if self.done:
+            self._thread.join()
+
+    def wait(self, request: Request) -> Any:
+        """Stand still until the request's job is there. Called by the task's own thread."""
+        request.askers.append(self)
+        self._stands.release()
+        self._go.acquire()
+        if self.abandoned:
+            raise AbandonedError
+        if request.error is not None:
+            raise request.error
+        return request.result
+
+    def _main(self) -> None:
+        self._together.local.task = self
+        self._go.acquire()
+        try:
+            if not self.abandoned:
+                self.ended.value = self._function()
+        except BaseException as error:  # handed over to whoever asked for the procedure
+            self.ended.error = error
+        finally:
+            self.done = True
+            self._stands.release()
+
+
+class Together:
+    """Runs procedures side by side and their jobs in batches.
+
+    Args:
+        choose: from the jobs that are waited for, those to be run next.
+        run: runs them: sets ``result`` or ``error`` of each, and ``seconds``.
+    """
+
+    def __init__(
+        self, choose: Callable[[Sequence[Request]], list[Request]], run: Callable[[list[Request]], None]
+    ) -> None:
+        self.local = threading.local()
+        self._choose = choose
+        self._run = run
+        self._pending: list[Request] = []
+
+    @property
+    def inside(self) -> bool:
+        """Whether the caller is one of the procedures."""
+        return getattr(self.local, "task", None) is not None
+
+    def ask(self, key: Any, payload: Any) -> Any:
+        """Wait for a job, called by a procedure; return its result.
+
+        Raises:
+            Exception: what the runner set as the job's error.
+        """
+        task: _Task[Any] = self.local.task
+        if task.abandoned:
+            raise AbandonedError
+        for request in self._pending:
+            if request.key == key:
+                return task.wait(request)
+        request = Request(key, payload)
+        self._pending.append(request)
+        return task.wait(request)
+
+    def all(self, functions: Sequence[Callable[[], T]]) -> list[Ended[T]]:
+        """Run the procedures to their ends."""
+        tasks = [_Task(self, function) for function in functions]
+        ready = list(tasks)
+        try:
+            while ready:
+                for task in ready:
+                    task.go_on()
+                ready = []
+                if self._pending:
+                    chosen = self._choose(self._pending)
+                    self._run(chosen)
+                    for request in chosen:
+                        self._pending.remove(request)
+                        for task in request.askers:
+                            task.ended.seconds += request.seconds / len(request.askers)
+                            ready.append(task)
+        finally:
+            for task in tasks:
+                if not task.done:  # interrupted: their threads must not outlive this call
+                    task.abandoned = True
+                    task.go_on()
+            self._pending.clear()
+        return [task.ended for task in tasks]

@@ -1,0 +1,74 @@
+"""Several scenarios, one after the other, in the same ranks: starting ranks costs as much as a short scenario."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run(context: Any, *, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Run each part as if it were alone; what a finished one replied lies in ``part<index>/reply.<rank>.json``.
+
+    A part holds ``target`` and ``args``, as a job does, and may name the ``only`` process that runs it.
+
+    Raises:
+        RuntimeError: a part returned without an observation.
+    """
+    for index, part in enumerate(parts):
+        if part.get("only", context.rank) != context.rank:
+            continue
+        folder = part_folder(context.folder, index)
+        folder.mkdir(exist_ok=True)
+        mine = replace(context, folder=folder, observations=0)
+        module, _, name = part["target"].partition(":")
+        with unchanged_process():
+            value = getattr(importlib.import_module(module), name)(mine, **part["args"])
+        if mine.observations < 1:
+            raise RuntimeError(f"{part['target']} returned without an observation")
+        context.observe(mine.observations)
+        finished = reply_file(folder, context.rank)
+        partial = finished.with_suffix(".partial")
+        partial.write_text(json.dumps(value), encoding="utf-8")
+        partial.rename(finished)
+    return {}
+
+
+def part_folder(folder: Path, index: int) -> Path:
+    """Return the folder of a part within the job's."""
+    return folder / f"part{index}"
+
+
+def reply_file(folder: Path, rank: int) -> Path:
+    """Return where ``rank`` says what a part returned."""
+    return folder / f"reply.{rank}.json"
+
+
+@contextlib.contextmanager
+def unchanged_process() -> Iterator[None]:
+    """Undo what a part changed in the process: environment, ``sys.path``, folder, torch's global settings."""
+    environment, path, folder = dict(os.environ), list(sys.path), os.getcwd()
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    random_state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        if os.environ != environment:
+            os.environ.clear()
+            os.environ.update(environment)
+        sys.path[:] = path
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_rng_state(random_state)
