@@ -10,6 +10,7 @@ from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any
 
+from fsdp_testkit.plugin.rank_subtests import RankSubtests
 from fsdp_testkit.plugin.values import unpack
 
 try:  # private to pytest; without it an assert that fails shows its line, but no values
@@ -42,15 +43,17 @@ def call(
         module: its name in the parent.
         owner: names of the classes around the function, from the outside in.
         function: its name.
-        wants: those of ``rank``, ``world_size`` and ``rank_context`` that it takes.
+        wants: those of ``rank``, ``world_size``, ``rank_context`` and ``subtests`` that it takes.
         args: the other arguments, packed.
     """
     found: Any = load(module, file)
     for name in owner:
         found = getattr(found, name)
     own = {"rank": context.rank, "world_size": context.world_size, "rank_context": context}
+    if "subtests" in wants:
+        own["subtests"] = RankSubtests(context.folder, context.rank)
     target = getattr(found() if owner else found, function)
-    value = target(**unpack(args), **{name: own[name] for name in wants})
+    value = target(**unpack(args, context.rank), **{name: own[name] for name in wants})
     context.observe()
     return value
 

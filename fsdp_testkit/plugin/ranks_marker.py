@@ -8,8 +8,9 @@ def test_all_reduce(rank, world_size):
     assert tensor.item() == 3.0
 ```
 
-Fixtures and parameters are evaluated once, in the parent; their values travel as JSON. The fixture ``on_ranks``
-runs any function of a module and gives what each rank returned.
+Fixtures and parameters are evaluated once, in the parent; their values travel as JSON, and `per_rank` gives each rank
+its own. Subtests of pytest's fixture ``subtests`` are reported for each rank. The fixture ``on_ranks`` runs any
+function of a module and gives what each rank returned.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ import pytest
 from fsdp_testkit.core.errors import KitError, UsageError
 from fsdp_testkit.plugin.deadline import marked_deadline
 from fsdp_testkit.plugin.options import RUN_OPTIONS
+from fsdp_testkit.plugin.rank_subtests import report_subtests
 from fsdp_testkit.plugin.slots import session_slots
-from fsdp_testkit.plugin.values import pack
+from fsdp_testkit.plugin.values import PerRank, pack
 from fsdp_testkit.ranks import Harness, Job, JobReport
+from fsdp_testkit.ranks.job import STALL
 
 #: What each rank returned, by rank: ``item.stash[RANK_VALUES]``.
 RANK_VALUES = pytest.StashKey[list[Any]]()
 _HARNESS = pytest.StashKey[Harness]()
 #: Arguments that the ranks fill in themselves.
 OWN = ("rank", "world_size", "rank_context")
+#: What the marker takes by name, with the fields of `Job` that are meant where it is not given.
+OPTIONS: dict[str, Any] = {"device": "cpu", "comm": "", "env": {}, "stall": STALL}
 PRELOAD = ("torch.distributed", "pytest", "fsdp_testkit.plugin.on_rank")
 _OUTPUT_SHOWN = 4000
 
@@ -64,8 +69,8 @@ def _placeholder(request: pytest.FixtureRequest, name: str) -> int:
 def on_ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     """Run a function on ranks: ``on_ranks(function, 4, x=1)`` returns what each rank returned, by rank.
 
-    The function is one of a module, not of another function; it may take ``rank``, ``world_size`` and
-    ``rank_context``. ``device``, ``comm`` and ``env`` are those of `Job`.
+    The function is one of a module, not of another function; it may take ``rank``, ``world_size``, ``rank_context``
+    and ``subtests``. ``device``, ``comm``, ``env`` and ``stall`` are those of `Job`.
     """
 
     def run(
@@ -75,10 +80,14 @@ def on_ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
         device: str = "cpu",
         comm: str = "",
         env: dict[str, str] | None = None,
+        stall: float = STALL,
         **arguments: Any,
     ) -> list[Any]:
-        wants = [name for name in OWN if name in inspect.signature(function).parameters]
-        how = {"device": device, "comm": comm, "env": env or {}}
+        taken = inspect.signature(function).parameters
+        wants = [name for name in OWN if name in taken]
+        if "subtests" in taken and "subtests" not in arguments:
+            arguments["subtests"] = request.getfixturevalue("subtests")
+        how = {"device": device, "comm": comm, "env": env or {}, "stall": stall}
         return _run(request.node, function, count, how, wants, arguments)
 
     return run
@@ -102,7 +111,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (mark := item.get_closest_marker("ranks")) is None:
             continue
-        _read(mark)
+        count, _ = _read(mark)
+        for name, value in getattr(getattr(item, "callspec", None), "params", {}).items():
+            if isinstance(value, PerRank) and len(value.values) != count:
+                raise pytest.UsageError(
+                    f"fsdp_testkit: {item.nodeid}: {name}={value!r} must have one value for each of {count} ranks"
+                )
         if not isinstance(item, pytest.Function) or hasattr(item.cls, "assertEqual"):
             raise pytest.UsageError(
                 f"fsdp_testkit: {item.nodeid}: @pytest.mark.ranks is for test functions and methods of plain classes, "
@@ -115,9 +129,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _read(mark: pytest.Mark) -> tuple[int, dict[str, Any]]:
     """Return the number of ranks and the fields of `Job` that a marker asks for."""
     try:
-        if len(mark.args) != 1 or mark.kwargs.keys() - {"device", "comm", "env"}:
-            raise UsageError("it takes the number of ranks, and device, comm and env by name")
-        how = {"device": "cpu", "comm": "", "env": {}, **mark.kwargs}
+        if len(mark.args) != 1 or mark.kwargs.keys() - OPTIONS.keys():
+            raise UsageError(f"it takes the number of ranks, and by name {', '.join(OPTIONS)}")
+        how = {**OPTIONS, **mark.kwargs}
         _job(mark.args[0], how, {}, 60.0, "")
     except UsageError as error:
         raise pytest.UsageError(f"fsdp_testkit: @pytest.mark.ranks{mark.args}: {error}") from None
@@ -133,6 +147,7 @@ def _job(count: int, how: dict[str, Any], args: dict[str, Any], deadline: float,
         device=how["device"],
         comm=comm,
         env=how["env"],
+        stall=how["stall"],
         deadline=deadline,
         name=name,
     )
@@ -146,16 +161,23 @@ def _run(
     wants: list[str],
     arguments: dict[str, Any],
 ) -> list[Any]:
+    # pytest's own stays here; one that a test brings is an argument like any other
+    subtests = arguments.get("subtests")
+    if isinstance(subtests, pytest.Subtests):
+        arguments = {name: value for name, value in arguments.items() if name != "subtests"}
+        wants = [*wants, "subtests"]
     seconds = marked_deadline(item) or item.config.stash[RUN_OPTIONS].engine.deadline
     try:
         args = _place(function) | {
             "wants": wants,
-            "args": {name: pack(name, value) for name, value in arguments.items()},
+            "args": {name: pack(name, value, count) for name, value in arguments.items()},
         }
         report = _harness(item.config).run(_job(count, how, args, seconds, item.name))
     except KitError as error:
         pytest.fail(f"fsdp_testkit: {error}", pytrace=False)
     try:
+        if isinstance(subtests, pytest.Subtests):
+            report_subtests(subtests, report.folder, count)
         return _conclude(item, report)
     finally:
         report.discard()

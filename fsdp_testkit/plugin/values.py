@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,24 +12,52 @@ from fsdp_testkit.core.errors import UsageError
 _MARK = "$fsdp_testkit"
 
 
-def pack(name: str, value: Any) -> Any:
+class PerRank:
+    """One value for each rank, see `per_rank`.
+
+    Attributes:
+        values: by rank.
+    """
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self.values = list(values)
+
+    def __repr__(self) -> str:
+        return f"per_rank({self.values!r})"
+
+
+def per_rank(values: Iterable[Any]) -> PerRank:
+    """Give each rank its own element of ``values``, in place of an argument of a test marked ``ranks``.
+
+    Args:
+        values: as many as there are ranks.
+    """
+    return PerRank(values)
+
+
+def pack(name: str, value: Any, ranks: int) -> Any:
     """Return ``value`` as JSON data.
 
     Args:
         name: of the argument, for the message.
         value: what the test function is to get.
+        ranks: how many ranks it is for.
 
     Raises:
         UsageError: the value cannot travel; names the argument and the part.
     """
+    if isinstance(value, PerRank):
+        if len(value.values) != ranks:
+            raise UsageError(f"argument {name} is {value!r}: {len(value.values)} values for {ranks} ranks"[:500])
+        return {_MARK: "per_rank", "value": [pack(f"{name}[{i}]", item, ranks) for i, item in enumerate(value.values)]}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
-        return [pack(f"{name}[{index}]", item) for index, item in enumerate(value)]
+        return [pack(f"{name}[{index}]", item, ranks) for index, item in enumerate(value)]
     if type(value) is tuple:
-        return {_MARK: "tuple", "value": [pack(f"{name}[{index}]", item) for index, item in enumerate(value)]}
+        return {_MARK: "tuple", "value": [pack(f"{name}[{index}]", item, ranks) for index, item in enumerate(value)]}
     if type(value) is dict and all(type(key) is str for key in value):
-        packed = {key: pack(f"{name}[{key!r}]", item) for key, item in value.items()}
+        packed = {key: pack(f"{name}[{key!r}]", item, ranks) for key, item in value.items()}
         return {_MARK: "dict", "value": packed} if _MARK in packed else packed
     if isinstance(value, PurePath):
         return {_MARK: "path", "value": str(value)}
@@ -41,20 +70,22 @@ def pack(name: str, value: Any) -> Any:
     )
 
 
-def unpack(value: Any) -> Any:
-    """Return the value that `pack` was given."""
+def unpack(value: Any, rank: int) -> Any:
+    """Return the value that `pack` was given, as ``rank`` is to see it."""
     if isinstance(value, list):
-        return [unpack(item) for item in value]
+        return [unpack(item, rank) for item in value]
     if not isinstance(value, dict):
         return value
     if _MARK not in value or set(value) != {_MARK, "value"}:
-        return {key: unpack(item) for key, item in value.items()}
+        return {key: unpack(item, rank) for key, item in value.items()}
     inner = value["value"]
     match value[_MARK]:
+        case "per_rank":
+            return unpack(inner[rank], rank)
         case "tuple":
-            return tuple(unpack(item) for item in inner)
+            return tuple(unpack(item, rank) for item in inner)
         case "path":
             return Path(inner)
         case "dtype":
             return getattr(importlib.import_module("torch"), inner)
-    return {key: unpack(item) for key, item in inner.items()}
+    return {key: unpack(item, rank) for key, item in inner.items()}

@@ -8,7 +8,7 @@ import pytest
 from plugin_project import Project
 
 from fsdp_testkit.core.errors import UsageError
-from fsdp_testkit.plugin.values import pack, unpack
+from fsdp_testkit.plugin.values import pack, per_rank, unpack
 
 GOOD = """
 import os
@@ -159,6 +159,7 @@ def test_what_fails(project: Project) -> None:
         ("ranks(0)", "world_size=0 must be an integer of at least 1"),
         ("ranks(2, comm='mpi')", "comm='mpi' must be one of"),
         ("ranks(2, size=3)", "it takes the number of ranks"),
+        ("ranks(2, stall=0)", "stall=0 must be seconds in"),
     ],
 )
 def test_a_wrong_marker_is_refused(project: Project, marker: str, text: str) -> None:
@@ -166,6 +167,86 @@ def test_a_wrong_marker_is_refused(project: Project, marker: str, text: str) -> 
     result = project.run()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*@pytest.mark.ranks*{text}*"])
+
+
+SUBTESTS = """
+import os
+import pytest
+from fsdp_testkit.plugin.values import per_rank
+
+@pytest.mark.ranks(2)
+def test_all_pass(rank, subtests):
+    for number in range(2):
+        with subtests.test("even", number=number):
+            assert number >= 0
+
+@pytest.mark.ranks(2)
+def test_one_rank_fails_one(rank, subtests):
+    import torch.distributed as dist
+    for number in range(3):
+        with subtests.test("small", number=number, kind="odd"):
+            assert (rank, number) != (1, 2)
+    with subtests.test():
+        pytest.skip("not here")
+    with subtests.test("later"):
+        pytest.xfail("known")
+    dist.barrier()
+
+@pytest.mark.ranks(2)
+def test_dies_after_a_subtest(rank, subtests):
+    with subtests.test("first"):
+        assert rank == 0
+    if rank == 1:
+        os._exit(3)
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("shift", [per_rank([10, 20]), per_rank([(1, 2), None])])
+def test_own_values(rank, shift):
+    assert shift in ([10, (1, 2)], [20, None])[rank]
+
+def with_subtests(rank, value, subtests):
+    with subtests.test("called", value=value):
+        assert value == rank
+    return value
+
+def test_values(on_ranks):
+    assert on_ranks(with_subtests, 3, value=per_rank([0, 1, 2])) == [0, 1, 2]
+"""
+
+
+def test_subtests_and_values_of_each_rank(project: Project) -> None:
+    project.pytester.makepyfile(SUBTESTS)
+    result = project.run("-vv", "-rA", subprocess=True)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*test_all_pass SUBPASSED*rank 1: even* (number=1)*",
+            "*SUBFAILED*rank 1: small* (number=2, kind='odd')*",
+            "*SUBSKIPPED*rank 0*not here*",
+            "*SUBXFAIL*rank 1: later*",
+            "AssertionError: assert (1, 2) != (1, 2)",
+            "*test_one_rank_fails_one*contains 1 failed subtest",
+            "*SUBFAILED*rank 1: first*",
+            "test_dies_after_a_subtest: rank 1 of 2 exited with status 3 before it replied",
+            "*SUBPASSED*rank 2: called* (value=2)*",
+        ]
+    )
+    outcomes = result.parseoutcomes()
+    assert (outcomes["failed"], outcomes["passed"], outcomes["subtests passed"]) == (4, 4, 13)
+
+
+def test_a_value_for_each_rank_is_asked_for_before_anything_runs(project: Project) -> None:
+    project.pytester.makepyfile(
+        """
+        import pytest
+        from fsdp_testkit.plugin.values import per_rank
+        @pytest.mark.ranks(2)
+        @pytest.mark.parametrize("shift", [per_rank([1, 2, 3])])
+        def test_it(shift): pass
+        """
+    )
+    result = project.run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*shift=per_rank*1, 2, 3* must have one value for each of 2 ranks"])
 
 
 def test_a_unittest_case_is_refused(project: Project) -> None:
@@ -196,7 +277,7 @@ def test_a_module_in_a_package(project: Project) -> None:
     [None, True, 1.5, "x", [1, [2]], (1, (2,)), {"a": (1,)}, Path("a/b"), {"$fsdp_testkit": "path", "value": "x"}],
 )
 def test_values_travel_unchanged(value: object) -> None:
-    back = unpack(pack("it", value))
+    back = unpack(pack("it", value, 2), 1)
     assert back == value
     assert type(back) is type(value)
 
@@ -204,8 +285,8 @@ def test_values_travel_unchanged(value: object) -> None:
 def test_a_dtype_travels() -> None:
     import torch
 
-    assert unpack(pack("it", [torch.bfloat16])) == [torch.bfloat16]
-    assert unpack(pack("it", PurePosixPath("x"))) == Path("x")
+    assert unpack(pack("it", [torch.bfloat16], 2), 0) == [torch.bfloat16]
+    assert unpack(pack("it", PurePosixPath("x"), 2), 0) == Path("x")
 
 
 @pytest.mark.parametrize(
@@ -213,4 +294,12 @@ def test_a_dtype_travels() -> None:
 )
 def test_other_values_are_named(value: object, text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        pack("it", value)
+        pack("it", value, 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_gets_its_own_value(rank: int) -> None:
+    packed = pack("it", [7, per_rank([(1, 2), per_rank("ab")])], 2)
+    assert unpack(packed, rank) == [7, [(1, 2), "b"][rank]]
+    with pytest.raises(UsageError, match=r"argument it is per_rank\(\[1\]\): 1 values for 2 ranks"):
+        pack("it", per_rank([1]), 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -110,6 +112,127 @@ def full_log(context, rank):
         for _ in range(100):
             sys.stdout.write("x" * 1000 + "\n")
     reduce()
+
+
+def prints(context, rank, mebibytes):
+    if struck(context, rank):
+        sys.stdout.write("begin\n")
+        for _ in range(mebibytes):
+            sys.stdout.write("x" * ((1 << 20) - 1) + "\n")
+        sys.stdout.write("end\n")
+    reduce()
+
+
+def deaf(context, rank):
+    if struck(context, rank):
+        close_channels()
+        time.sleep(1000)
+    reduce()
+
+
+def channels():
+    """Return copies of the sockets that lead to the parent."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        try:
+            link = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        if link.family == socket.AF_UNIX:
+            found.append(link)
+    return found
+
+
+def close_channels():
+    for link in channels():
+        link.shutdown(socket.SHUT_RDWR)
+
+
+def reply_lost(context, rank):
+    if struck(context, rank):
+        close_channels()
+    reduce()
+
+
+def reply_doubled(context, rank):
+    if struck(context, rank):
+        json_reply(2, value="first")
+    reduce()
+    return "third"
+
+
+def reply_of_earlier_job(context, rank):
+    if struck(context, rank):
+        json_reply(1, job="0123456789ab")
+    reduce()
+    return "own"
+
+
+def json_reply(count, **changes):
+    """Send a reply like the rank's own; the job's identity is the prefix of the store."""
+    import inspect
+    import json
+
+    own = next(frame.frame.f_locals["reporter"] for frame in inspect.stack() if "reporter" in frame.frame.f_locals)
+    times = {"at": time.monotonic(), "seconds": 0.1, "ready": 0.1}
+    reply = {**own.tag, **times, "status": "ok", "value": None, "observations": 1, **changes}
+    for _ in range(count):
+        own.channel.sendall(json.dumps(reply).encode() + b"\n")
+
+
+def reply_late(context, rank):
+    if struck(context, rank):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the harness waits for the stack a little longer
+        time.sleep(context.seconds_left + 0.3)
+
+
+def flood(context, rank):
+    if struck(context, rank):
+        for link in channels():
+            link.sendall(b"x" * (65 << 20))
+    reduce()
+
+
+def shared_memory(context, rank):
+    """Fill a /dev/shm of 1 MiB, which only this rank sees."""
+    if struck(context, rank):
+        small_mount("/dev/shm")
+        import torch
+
+        torch.ones(1 << 20).share_memory_()
+    reduce()
+
+
+def small_mount(path):
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, private, recursive = 0x00020000, 1 << 18, 1 << 14
+    for done in (
+        libc.unshare(new_mounts),
+        libc.mount(b"none", b"/", None, private | recursive, None),
+        libc.mount(b"none", path.encode(), b"tmpfs", 0, b"size=1m"),
+    ):
+        if done:
+            raise OSError(ctypes.get_errno(), f"mounting {path}: {os.strerror(ctypes.get_errno())}")
+
+
+def skip(context, rank):
+    import unittest
+
+    if struck(context, rank):
+        raise unittest.SkipTest("no such thing here")
+
+
+def subset(context, rank):
+    """Groups that are used in another order on one rank."""
+    import torch
+    import torch.distributed as dist
+
+    context.observe()
+    groups = [dist.new_group(), dist.new_group()]
+    if context.rank == rank:
+        groups.reverse()
+    for group in groups:
+        dist.all_reduce(torch.ones(1), group=group)
 
 
 def pollutes(context, rank):  # noqa: ARG001

@@ -12,15 +12,19 @@ from fsdp_testkit.ranks.machine import (
     REAP_LIMIT,
     SKIP_PATIENCE,
     Abandon,
+    Cut,
     Dump,
     Dumped,
     Exited,
     Kill,
+    Look,
+    Looked,
     Phase,
     Release,
     Replied,
     ServerLost,
     State,
+    StoodStill,
     Tick,
     Unstarted,
     begin,
@@ -191,6 +195,67 @@ def test_a_rank_that_could_not_be_started() -> None:
     assert play.state.phase is Phase.DRAINING
 
 
+def test_a_job_that_is_stuck_ends_before_its_deadline() -> None:
+    play = Play(3)
+    play.at(1, Replied(2, "ok"))
+    assert play.at(10, StoodStill()) == [Dump((0, 1))]
+    assert play.at(10.1, Dumped(0)) == []
+    assert play.at(10.2, Dumped(1)) == [Look((0, 1))]
+    assert play.at(10.2, Tick()) == [], "it is asked for once"
+    assert play.at(10.2, Looked(stuck=True)) == [Kill((0, 1, 2))]
+    play.at(10.3, *(Exited(rank, -9) for rank in range(3)))
+    assert play.state.phase is Phase.DONE
+    assert play.statuses == ["hung", "hung", "ok"]
+    assert (play.state.stuck, play.state.timed_out, play.state.notes) == (True, False, ())
+
+
+def test_a_job_that_is_not_stuck_goes_on() -> None:
+    play = Play()
+    play.at(10, StoodStill(), Dumped(0), Dumped(1), Looked(stuck=False))
+    assert (play.state.phase, play.state.until) == (Phase.RUNNING, DEADLINE)
+    assert play.at(20, StoodStill()) == [Dump((0, 1))], "and may be looked at again"
+
+
+@pytest.mark.parametrize(
+    ("event", "phase"), [(Replied(0, "ok"), Phase.RUNNING), (Replied(0, "raised"), Phase.DRAINING)]
+)
+def test_a_job_that_moves_while_it_is_looked_at_goes_on(event: object, phase: Phase) -> None:
+    play = Play()
+    play.at(10, StoodStill(), Dumped(1), event)
+    assert play.state.phase is phase
+    assert play.at(10.1, Dumped(0), Looked(stuck=True)) == []
+    assert play.statuses[1] == "running"
+
+
+def test_who_writes_no_stack_is_not_taken_to_be_stuck() -> None:
+    play = Play()
+    play.at(10, StoodStill(), Dumped(1))
+    assert play.at(10 + DUMP_LIMIT) == []
+    assert (play.state.phase, play.state.until) == (Phase.RUNNING, DEADLINE)
+
+
+def test_the_deadline_comes_before_a_look() -> None:
+    play = Play()
+    play.at(DEADLINE - 0.1, StoodStill(), Dumped(0))
+    assert play.at(DEADLINE) == [Dump((0, 1))]
+    assert play.state.timed_out
+
+
+def test_a_rank_that_cannot_reply_any_more_is_lost_after_the_grace() -> None:
+    play = Play()
+    play.at(1, Cut(0))
+    assert play.state.phase is Phase.DRAINING
+    assert play.at(1 + GRACE) == [Dump((0, 1))]
+    assert play.statuses == ["lost", "stopped"]
+    assert play.at(4.1, Dumped(1)) == [Kill((0, 1))]
+
+
+def test_the_end_of_a_rank_that_was_cut_says_more() -> None:
+    play = Play()
+    play.at(1, Replied(0, "ok"), Cut(0), Cut(1), Exited(1, 3))
+    assert play.statuses == ["ok", "died"]
+
+
 def test_the_servers_end_is_the_end_of_all() -> None:
     play = Play()
     play.at(1, Replied(0, "ok"))
@@ -209,7 +274,8 @@ def play_randomly(seed: int) -> None:
     count = dice.randint(1, 4)
     play = Play(count)
     kinds = [lambda rank: Replied(rank, dice.choice(["ok", "raised", "skipped"]))]
-    kinds += [lambda rank: Exited(rank, dice.choice([0, 1, -9])), Dumped, Unstarted]
+    kinds += [lambda rank: Exited(rank, dice.choice([0, 1, -9])), Dumped, Unstarted, Cut]
+    kinds += [lambda _: StoodStill(), lambda _: Looked(dice.random() < 0.5)]
     now = 0.0
     for _ in itertools.count():
         now += dice.expovariate(0.3)
