@@ -231,7 +231,7 @@ def test_subtests_and_values_of_each_rank(project: Project) -> None:
         ]
     )
     outcomes = result.parseoutcomes()
-    assert (outcomes["failed"], outcomes["passed"], outcomes["subtests passed"]) == (4, 4, 13)
+    assert (outcomes["failed"], outcomes["passed"], outcomes["subtests"]) == (4, 4, 13)
 
 
 def test_a_value_for_each_rank_is_asked_for_before_anything_runs(project: Project) -> None:
