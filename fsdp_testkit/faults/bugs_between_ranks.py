@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fsdp_testkit.backends.base import Backend, StepOutput
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.faults.base import Fault
-from fsdp_testkit.faults.parts import AroundMicroBatch, blocks_of, bypass
+from fsdp_testkit.faults.parts import AroundMicroBatch, Instead, blocks_of, bypass
 
 #: Seconds after which a rank that waits is asked where it is.
 PATIENCE = 10.0
@@ -71,57 +70,45 @@ class BranchByRank(Fault, bug="conditional-params-mismatch"):
         return model
 
 
-class GatherOnRank0(Fault, bug="state-dict-on-rank0-only"):
+class GatherOnRank0(Instead, bug="state-dict-on-rank0-only"):
     """Only the main process asks for the state dict, which all have to gather."""
 
     blamed = 1
     says = "rank 0 waits in"
     story = "rank 0 gathers at saving and waits for ranks that went on"
+    method = "save"
     test = "save_load"
     checks = ("ranks",)
     causes = ("rank stuck", "collective mismatch")
     deadline = PATIENCE
 
-    def wrap(self, backend: Backend) -> Backend:
+    def instead(self, original: Any, *arguments: Any, **named: Any) -> Any:
         """Save on rank 0 only."""
-        inner: Any = backend
-        original = inner.save
-
-        def save(model: Any, folder: Any, *, layout: str) -> None:
-            self.hit()
-            if self.rank == 0:
-                original(model, folder, layout=layout)
-
-        inner.save = save
-        return super().wrap(backend)
+        self.hit()
+        if self.rank == 0:
+            original(*arguments, **named)
 
 
-class OptimizerGatherOnRank0(Fault, bug="optimizer-state-gather-on-some-ranks"):
+class OptimizerGatherOnRank0(Instead, bug="optimizer-state-gather-on-some-ranks"):
     """Only the main process gathers the optimizer's moments."""
 
     story = "saving the optimizer is a collective that the main process enters alone"
+    method = "save_training"
     test = "resume"
     variant = "default"
     checks = ("ranks",)
     causes = ("rank stuck", "collective mismatch")
     deadline = PATIENCE
 
-    def wrap(self, backend: Backend) -> Backend:
+    def instead(self, original: Any, *arguments: Any, **named: Any) -> Any:
         """Gather on rank 0 only."""
-        inner: Any = backend
-        original = inner.save_training
-
-        def save_training(model: Any, optimizer: Any, *rest: Any) -> None:
-            self.hit()
-            if self.rank == 0:
-                for state in optimizer.state.values():
-                    for value in state.values():
-                        if isinstance(value, DTensor):
-                            value.full_tensor()
-            original(model, optimizer, *rest)
-
-        inner.save_training = save_training
-        return super().wrap(backend)
+        self.hit()
+        if self.rank == 0:
+            for state in arguments[1].state.values():
+                for value in state.values():
+                    if isinstance(value, DTensor):
+                        value.full_tensor()
+        original(*arguments, **named)
 
 
 class OtherOrderOfAxes(Fault, bug="dcp-full-hang-2d"):
@@ -142,31 +129,24 @@ class OtherOrderOfAxes(Fault, bug="dcp-full-hang-2d"):
             dist.all_reduce(torch.ones(1), group=mesh.get_group(axis))
 
 
-class CaughtOnOneRank(AroundMicroBatch, bug="oom-on-one-rank-deadlock"):
+class CaughtOnOneRank(Instead, AroundMicroBatch, bug="oom-on-one-rank-deadlock"):
     """One rank runs out of memory, catches it, and enters another collective than the others."""
 
     says = "rank 0 waits in all_gather"
     story = "an error that one rank handles for itself changes its order of collectives"
+    method = "train_step"
     checks = ("ranks",)
     causes = ("collective mismatch", "rank stuck")
     deadline = PATIENCE
 
-    def wrap(self, backend: Backend) -> Backend:
+    def instead(self, original: Any, *arguments: Any, **named: Any) -> Any:
         """Catch the error around the step."""
-        outer: Any = super().wrap(backend)
-        original = outer.train_step
-
-        def step(*arguments: Any) -> StepOutput:
-            try:
-                output: StepOutput = original(*arguments)
-            except MemoryError:
-                found = torch.ones(1)
-                dist.all_reduce(found, op=dist.ReduceOp.MAX)
-                raise
-            return output
-
-        outer.train_step = step
-        return outer  # type: ignore[no-any-return]
+        try:
+            return original(*arguments, **named)
+        except MemoryError:
+            found = torch.ones(1)
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+            raise
 
     def enter(self, model: nn.Module, last: bool) -> None:
         """Run out of memory on rank 1 in the second step."""

@@ -9,13 +9,11 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.faults.base import Fault
-from fsdp_testkit.faults.parts import bypass, local, locals_of
-from fsdp_testkit.faults.weights import TieBroken
+from fsdp_testkit.faults.parts import Sharding, locals_of
 
 MOE = "qwen3_moe"
 TIED = "gemma"  # tied by default, with rotary buffers
@@ -222,7 +220,7 @@ class NotUpcast(Fault, bug="fp32-upcast-is-noop"):
         return arguments | {"dtype": torch.bfloat16}
 
 
-class TwoDtypesInAUnit(Fault, bug="mixed-dtype-group-asserts"):
+class TwoDtypesInAUnit(Sharding, bug="mixed-dtype-group-asserts"):
     """One unit holds trained parameters of two dtypes."""
 
     story = "a weight of another dtype lands in a block's unit, which FSDP2 refuses at the first forward"
@@ -230,18 +228,13 @@ class TwoDtypesInAUnit(Fault, bug="mixed-dtype-group-asserts"):
     causes = ("wrong dtype",)
     says = "dtype"
 
-    def patches(self) -> list[tuple[Any, Any]]:
+    def shard(self, original: Any, module: Any, **arguments: Any) -> Any:
         """Cast one parameter before a block is sharded."""
-        original = fully_shard
-
-        def partial(module: Any, **arguments: Any) -> Any:
-            if not isinstance(module, list) and hasattr(module, "input_layernorm"):
-                norm = module.input_layernorm
-                norm.weight = nn.Parameter(norm.weight.detach().bfloat16())
-                self.hit()
-            return original(module, **arguments)
-
-        return [(fully_shard, partial)]
+        if not isinstance(module, list) and hasattr(module, "input_layernorm"):
+            norm = module.input_layernorm
+            norm.weight = nn.Parameter(norm.weight.detach().bfloat16())
+            self.hit()
+        return original(module, **arguments)
 
 
 class GlobalFromLocal(Fault, bug="size-inferred-from-local-shard"):
@@ -269,318 +262,3 @@ class GlobalFromLocal(Fault, bug="size-inferred-from-local-shard"):
                 yield
         finally:
             DTensor.from_local = staticmethod(original)
-
-
-# ties
-
-
-class TieSkippedAfterInit(TieBroken, bug="from-config-init-skips-tie"):
-    """The model that trains has one parameter more than the config says."""
-
-    story = "each module is initialised on its own, and the wrapper that ties again at the end is never called"
-    test = "sharding_structure"
-    checks = ("ties",)
-    causes = ("tie lost",)
-
-
-class TwoDraws(TieBroken, bug="tie-lost-meta-modalities"):
-    """Head and embedding are initialised one after the other."""
-
-    story = "the tie of the constructor does not outlive materialising; the two names get values of their own"
-    checks = ("gradients", "losses")
-    causes = ("tie lost",)
-    also = (("sharding_structure", "tied", "ties"),)
-
-    def after_load(self, model: nn.Module) -> nn.Module:
-        """Draw the head anew."""
-        for _, part in locals_of(model, "lm_head"):
-            part.normal_(std=0.02)
-        return model
-
-
-class TieLostInHybrid(TieBroken, bug="tied-not-respected-rl"):
-    """Only one strategy loses the tie."""
-
-    story = "the tie is kept by plain sharding and lost on a mesh of two axes"
-    test = "hsdp_vs_ddp"
-    checks = ("ties",)
-    causes = ("tie lost",)
-
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Break the tie on two axes only."""
-        return super().before_load(arguments) if arguments["layout"].kind == "hsdp" else arguments
-
-
-class TieLostOffRank0(TieBroken, bug="param-init-fn-unties-per-module"):
-    """Ranks that get empty modules lose the tie; rank 0, with real weights, keeps it."""
-
-    story = "memory is given out module by module, so that the second holder of a shared weight gets its own"
-    test = "sharding_structure"
-    checks = ("ties",)
-    causes = ("tie lost",)
-    deadline = 10.0
-
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Break the tie on all ranks but the first."""
-        return super().before_load(arguments) if self.rank else arguments
-
-
-class GuardSeesNoTie(TieBroken, bug="tied-guard-never-fires"):
-    """A guard against tied weights looks at the wrapped model, where the tie is gone already."""
-
-    story = "a guard that compares live parameters finds nothing shared after wrapping, and lets a lost tie through"
-    test = "sharding_structure"
-    checks = ("ties",)
-    causes = ("tie lost", "switch without effect")
-
-    def after_load(self, model: nn.Module) -> nn.Module:
-        """Refuse a model with shared parameters: in vain."""
-        held = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-        if len(held) != len(set(held)):
-            raise RuntimeError("tied weights are not supported here")
-        return model
-
-
-class CopyAndEmptyBuffer(TieBroken, bug="meta-load-tied-head-copied"):
-    """Two bugs at once: the head is a copy, and rotary buffers are never set."""
-
-    story = "a move to meta loading loses the tie and the buffers together; each has to be named"
-    model = TIED
-    test = "sharding_structure"
-    checks = ("ties",)
-    causes = ("tie lost", "buffer not filled")
-    also = (("meta_init", "default", "buffers"),)
-
-    def after_load(self, model: nn.Module) -> nn.Module:
-        """Zero the rotary frequencies."""
-        for name, buffer in model.named_buffers():
-            if name.endswith("inv_freq"):
-                buffer.zero_()
-                self.hit()
-        return model
-
-
-class TiedInTwoUnits(Fault, bug="tied-in-two-groups-rejected"):
-    """Head and embedding are one parameter, and each gets a unit of its own."""
-
-    story = "a tied weight is put into two FSDP units; torch says so at the first forward, or trains wrongly"
-    variant = "tied"
-    checks = ("ranks", "structure")
-    causes = ("wrapped twice",)
-
-    def patches(self) -> list[tuple[Any, Any]]:
-        """Shard the modules of a group one by one."""
-        original = fully_shard
-
-        def partial(module: Any, **arguments: Any) -> Any:
-            if not isinstance(module, list) or len(module) < 2:
-                return original(module, **arguments)
-            for single in module:
-                original(single, **arguments)
-            self.hit()
-            return module
-
-        return [(fully_shard, partial)]
-
-
-class IdsRemembered(Fault, bug="id-reuse-false-duplicate"):
-    """Parameters that are managed already are recognised by their ``id``."""
-
-    story = "ids of parameters that no longer exist come back for new ones, which are refused as duplicates"
-    checks = ("ranks",)
-    causes = ("wrapped twice",)
-    says = "already managed"
-
-    def patches(self) -> list[tuple[Any, Any]]:
-        """Keep a registry of ids, and no reference to what they belonged to."""
-        original = fully_shard
-        known: set[int] = set()
-
-        def partial(module: Any, **arguments: Any) -> Any:
-            for single in module if isinstance(module, list) else [module]:
-                # a loader that goes block by block builds each one as it comes and drops the last
-                fresh = [torch.empty(1, device="meta") for _ in single.parameters()]
-                for item in fresh:
-                    if id(item) in known:
-                        self.hit()
-                        raise ValueError(f"parameter of {type(single).__name__} is already managed by another unit")
-                known.update(id(item) for item in fresh)
-            return original(module, **arguments)
-
-        return [(fully_shard, partial)]
-
-
-# hooks
-
-
-class ForwardOfBound(Fault, bug="bound-forward-bypasses-hooks"):
-    """A block's bound ``forward`` is called instead of the block."""
-
-    story = "someone keeps block.forward in a variable: the hooks that gather its weights never run"
-    checks = ("ranks",)
-    causes = ("forward reads other weights",)
-    says = "DTensor"
-
-    def after_load(self, model: nn.Module) -> nn.Module:
-        """Bypass the hooks of one block."""
-        block = next(module for name, module in model.named_modules() if name.endswith("layers.1"))
-        bypass(block, block.forward)
-        self.hit()
-        return model
-
-
-class FusedKernel(Fault, bug="lora-kernel-reads-sharded-lora"):
-    """A parent computes with the weights of a nested unit without calling it."""
-
-    story = "a fused kernel reads the weights of a unit that nobody gathered"
-    test = "manual_vs_ddp"
-    checks = ("ranks",)
-    causes = ("forward reads other weights",)
-    says = "DTensor"
-
-    def after_load(self, model: nn.Module) -> nn.Module:
-        """Bypass the hooks of the innermost units."""
-        for module in model.modules():
-            nested = [child for child in module.modules() if child is not module and isinstance(child, FSDPModule)]
-            if isinstance(module, FSDPModule) and not nested and hasattr(module, "gate_proj"):
-                bypass(module, module.forward)
-                self.hit()
-        return model
-
-
-class RecomputedWithoutCast(Fault, bug="ac-recompute-without-cast"):
-    """Under activation checkpointing only the first pass casts its input."""
-
-    story = "the recomputation returns before the cast, and its tensors are of another dtype than those saved"
-    checks = ("ranks",)
-    causes = ("wrong dtype",)
-    says = "CheckpointError"
-
-    def after_load(self, model: nn.Module) -> nn.Module:
-        """Switch checkpointing on and run one activation in bf16, in the first pass only."""
-        enable: Any = model
-        enable.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in model.modules():
-            if hasattr(module, "act_fn"):
-                self._cast(module.act_fn)
-        return model
-
-    def _cast(self, act: Any) -> None:
-        original = act.forward
-
-        def forward(tensor: torch.Tensor) -> Any:
-            if torch._C._current_graph_task_id() != -1:  # inside a backward
-                return original(tensor)
-            self.hit()
-            return original(tensor.bfloat16()).to(tensor.dtype)
-
-        act.forward = forward
-
-
-# memory and switches
-
-
-class _Memory(Fault):
-    """Allocates in vain during a load."""
-
-    test = "meta_init"
-    variant = "default"
-    checks = ("meta_init",)
-    causes: ClassVar[tuple[str, ...]] = ("memory held",)
-
-    def full(self, arguments: dict[str, Any]) -> nn.Module:
-        """Build the whole model, with random weights, on this rank."""
-        config = arguments["model_class"].config_class.from_pretrained(str(arguments["checkpoint"]))
-        model: nn.Module = arguments["model_class"](config)
-        self.hit()
-        return model
-
-
-class InitOffRank0(_Memory, bug="nonzero-rank-reinit"):
-    """The ranks that will receive the weights initialise a model first."""
-
-    story = "what is about to be overwritten is drawn at random first, on all ranks but the first"
-    blamed = 1
-
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Build a model off rank 0."""
-        if self.rank:
-            self.full(arguments)
-        return arguments
-
-
-class WholeFileEverywhere(_Memory, bug="env-switch-not-wired"):
-    """The memory-saving switch never reaches its readers: every rank reads the whole checkpoint."""
-
-    story = "the switch is set in the config and never exported, so every rank reads everything"
-    causes = ("switch without effect", "memory held")
-
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Read all files, and copy what was read."""
-        from safetensors.torch import load_file
-
-        self.held = [
-            tensor.clone() + 0
-            for file in sorted(arguments["checkpoint"].glob("*.safetensors"))
-            for tensor in load_file(file).values()
-        ]
-        self.hit()
-        return arguments
-
-
-class ZerosOffRank0(_Memory, bug="every-rank-full-in-host-ram"):
-    """Ranks that wait for the weights hold zeros of full size."""
-
-    story = "placeholders of the waiting ranks are zeros in CPU memory instead of meta tensors"
-    blamed = 1
-
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Allocate zeros and a copy for the preparation."""
-        if self.rank:
-            with torch.device("meta"):
-                shapes = [parameter.shape for parameter in self.full(arguments).parameters()]
-            self.held = [torch.zeros(shape) + 0 for shape in shapes]
-        return arguments
-
-
-class TiedLoadsEverywhere(_Memory, bug="tied-disables-rank0-load"):
-    """Tied models fall back to a full load on every rank."""
-
-    story = "a guard from older days turns meta loading off where weights are tied"
-    model = TIED
-    causes = ("switch without effect", "memory held")
-
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Build the full model if the config ties weights."""
-        if arguments["model_class"].config_class.from_pretrained(str(arguments["checkpoint"])).tie_word_embeddings:
-            self.full(arguments)
-        return arguments
-
-
-class FlagOnlyInDataclass(_Memory, bug="plugin-flag-not-in-env"):
-    """A flag set in code is not seen where an environment variable is asked."""
-
-    story = "the flag lives in an object, its reader looks at the environment, and each rank builds the model"
-    causes = ("switch without effect", "memory held")
-
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Build the full model in the case's dtype on each rank."""
-        self.full(arguments).to(arguments["dtype"])
-        return arguments
-
-
-class WholeBeforeCut(_Memory, bug="fsdp2-2x-spike"):
-    """The whole model is on the device beside its shards while they are made."""
-
-    story = "the model is moved as a whole and cut afterwards: for a moment both are there"
-
-    def after_load(self, model: nn.Module) -> nn.Module:
-        """Gather all parameters at once, copy them, cut them again."""
-        whole = [p.full_tensor().clone() if isinstance(p, DTensor) else p for p in model.parameters()]
-        self.hit()
-        with torch.no_grad():
-            for parameter, full in zip(model.parameters(), whole, strict=True):
-                if isinstance(parameter, DTensor) and local(parameter).numel():
-                    part = full.detach().clone().chunk(self.world_size)[self.rank]
-                    local(parameter.detach()).copy_(part)
-        return model

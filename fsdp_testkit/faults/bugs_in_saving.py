@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fsdp_testkit.backends.base import Backend
+from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.faults.base import Fault
-from fsdp_testkit.faults.parts import blocks_of, local, locals_of
-from fsdp_testkit.faults.saving import rewrite
+from fsdp_testkit.faults.parts import Rewritten, local, locals_of, set_in_config
+from fsdp_testkit.faults.saving import TiedSavedTwice
 from fsdp_testkit.faults.weights import TieBroken
 
 MOE = "qwen3_moe"
@@ -24,47 +23,19 @@ FILES = ("files", "ranks")
 KEYS = ("key missing or extra in a file",)
 
 
-class _Rewritten(Fault):
-    """Rank 0 rewrites the tensors of the saved files; the others wait."""
-
-    test = "save_load"
-    checks: ClassVar[tuple[str, ...]] = FILES
-    causes: ClassVar[tuple[str, ...]] = KEYS
-
-    def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
-        """Apply `change` to the files."""
-        if self.rank == 0 and layout == "safetensors" and rewrite(folder, self.change):
-            self.hit()
-        dist.barrier()
-
-    def change(self, tensors: dict[str, torch.Tensor]) -> bool:
-        """Change the tensors of a file in place; return whether anything changed."""
-        raise NotImplementedError
-
-
-class MergedUntied(_Rewritten, bug="merger-assign-unties"):
+class MergedUntied(TiedSavedTwice, bug="merger-assign-unties"):
     """A merger of shards writes both tied tensors, and says in the config that they are not tied."""
 
     story = "shards are assigned one by one, which makes two tensors of a tied one; both are written"
-    variant = "tied"
-
-    def change(self, tensors: dict[str, torch.Tensor]) -> bool:
-        """Write the head as well."""
-        if EMBEDDING not in tensors:
-            return False
-        tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
-        return True
 
     def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
         """Change the config too."""
         if self.rank == 0:
-            config = json.loads((folder / "config.json").read_text())
-            config["tie_word_embeddings"] = False
-            (folder / "config.json").write_text(json.dumps(config))
+            set_in_config(folder, tie_word_embeddings=False)
         super().after_save(model, folder, layout)
 
 
-class BuffersOmitted(_Rewritten, bug="rollout-sync-omits-buffers"):
+class BuffersOmitted(Rewritten, bug="rollout-sync-omits-buffers"):
     """Parameters are exported, persistent buffers are not."""
 
     story = "the export iterates over parameters, so that a router bias is not in the files"
@@ -107,7 +78,7 @@ class LocalIndex(Fault, bug="consolidated-index-from-local-keys"):
         dist.barrier()
 
 
-class ExpertsOfRank0Saved(_Rewritten, bug="ep-save-keeps-rank0-experts"):
+class ExpertsOfRank0Saved(Rewritten, bug="ep-save-keeps-rank0-experts"):
     """Rank 0's experts stand for those of all ranks."""
 
     story = "weights are gathered over the sharding axis and not over the experts' one"
@@ -123,7 +94,7 @@ class ExpertsOfRank0Saved(_Rewritten, bug="ep-save-keeps-rank0-experts"):
         return True
 
 
-class GateAndUpSwapped(_Rewritten, bug="fused-experts-sent-to-per-expert-loader"):
+class GateAndUpSwapped(Rewritten, bug="fused-experts-sent-to-per-expert-loader"):
     """Fused experts are taken apart in the wrong order."""
 
     story = "gate and up halves of fused experts change places where they are split into the files' keys"
@@ -140,7 +111,7 @@ class GateAndUpSwapped(_Rewritten, bug="fused-experts-sent-to-per-expert-loader"
         return bool(gates)
 
 
-class StoredTwiceAsWide(_Rewritten, bug="saved-in-fp32-instead-of-bf16"):
+class StoredTwiceAsWide(Rewritten, bug="saved-in-fp32-instead-of-bf16"):
     """Files are stored in a wider dtype than the model has."""
 
     story = "the cast back to the model's dtype is left out at saving, and the files are twice as large"
@@ -154,7 +125,7 @@ class StoredTwiceAsWide(_Rewritten, bug="saved-in-fp32-instead-of-bf16"):
         return True
 
 
-class EmptyEmbedding(_Rewritten, bug="size-zero-embedding-saved"):
+class EmptyEmbedding(Rewritten, bug="size-zero-embedding-saved"):
     """What is saved are views of a rank's own memory."""
 
     story = "the embedding is saved with no rows and a norm with half of its values"
@@ -185,7 +156,7 @@ class NothingSaved(Fault, bug="sharded-type-saves-no-model"):
         dist.barrier()
 
 
-class WrapperInKeys(_Rewritten, bug="checkpoint-wrapper-prefix-in-keys"):
+class WrapperInKeys(Rewritten, bug="checkpoint-wrapper-prefix-in-keys"):
     """Names of a wrapper are left in the keys of one submodule."""
 
     story = "the prefix of activation checkpointing is removed in some places of a name and left in others"
@@ -198,11 +169,12 @@ class WrapperInKeys(_Rewritten, bug="checkpoint-wrapper-prefix-in-keys"):
         return bool(names)
 
 
-class SplitThenTiedAgain(TieBroken, bug="tie-silently-split-by-fsdp"):
+class SplitThenTiedAgain(Rewritten, TieBroken, bug="tie-silently-split-by-fsdp"):
     """Two weights are trained, one is saved, and reading ties them again."""
 
     story = "training splits a tied weight; the reloaded model is tied and is another model"
     test = "save_load"
+    variant = "tied"
     checks = ("files", "reload")
     causes = ("tie lost",)
 
@@ -210,13 +182,15 @@ class SplitThenTiedAgain(TieBroken, bug="tie-silently-split-by-fsdp"):
         """Break the tie of the first load only."""
         return arguments if arguments["checkpoint"].name.startswith("saved") else super().before_load(arguments)
 
+    def change(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Drop the head."""
+        return tensors.pop("lm_head.weight", None) is not None
+
     def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
-        """Drop the head, and tie in the config."""
-        if self.rank == 0 and rewrite(folder, lambda tensors: tensors.pop("lm_head.weight", None) is not None):
-            config = json.loads((folder / "config.json").read_text())
-            config["tie_word_embeddings"] = True
-            (folder / "config.json").write_text(json.dumps(config))
-        dist.barrier()
+        """Tie in the config too."""
+        if self.rank == 0:
+            set_in_config(folder, tie_word_embeddings=True)
+        super().after_save(model, folder, layout)
 
 
 class HeadRebuilt(TieBroken, bug="omitted-head-was-not-tied"):
@@ -243,171 +217,66 @@ class HeadRebuilt(TieBroken, bug="omitted-head-was-not-tied"):
         return model
 
 
-class ChunkedByWorld(Fault, bug="hsdp-save-wrong-when-fsdp-size-set"):
+class _WrongRows(Fault):
+    """Each shard of some layouts holds the rows of the whole from another one on; what lies outside is zero."""
+
+    test = "dcp"
+    variant = "default"
+    checks = ("reload",)
+    causes = ("wrong slice",)
+
+    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Remember the layout."""
+        self.layout: Layout = arguments["layout"]
+        return arguments
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Move the rows where `applies` says so."""
+        if not self.applies(self.layout):
+            return model
+        for parameter in model.parameters():
+            if isinstance(parameter, DTensor):
+                whole = parameter.detach().full_tensor()
+                part = local(parameter.detach())
+                start = min(self.first(whole.shape[0]), whole.shape[0])
+                rows = whole[start : start + part.shape[0]]
+                part.zero_()
+                part[: rows.shape[0]].copy_(rows)
+                self.hit()
+        return model
+
+    def applies(self, layout: Layout) -> bool:
+        """Whether shards of this layout are wrong."""
+        raise NotImplementedError
+
+    def first(self, rows: int) -> int:
+        """Return the row of the whole, of ``rows``, that this rank's shard begins with."""
+        raise NotImplementedError
+
+
+class ChunkedByWorld(_WrongRows, bug="hsdp-save-wrong-when-fsdp-size-set"):
     """On a mesh of two axes rows are chosen by the number of ranks instead of shards."""
 
     story = "a rank of a 2 x 2 mesh takes the rows that it would have if all four ranks sharded"
-    test = "dcp"
-    variant = "default"
-    checks = ("reload",)
-    causes = ("wrong slice",)
 
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Remember the layout."""
-        self.layout = arguments["layout"]
-        return arguments
+    def applies(self, layout: Layout) -> bool:
+        """Two axes only."""
+        return layout.kind == "hsdp"
 
-    def after_load(self, model: nn.Module) -> nn.Module:
-        """Move the rows of hybrid layouts."""
-        if self.layout.kind == "hsdp":
-            wrong_rows(model, first=lambda rows: -(-rows // self.world_size) * self.rank)
-            self.hit()
-        return model
+    def first(self, rows: int) -> int:
+        """Divide by the number of ranks."""
+        return -(-rows // self.world_size) * self.rank
 
 
-class LocalShardsStored(Fault, bug="resume-with-other-world-size"):
+class LocalShardsStored(_WrongRows, bug="resume-with-other-world-size"):
     """The file holds local shards of two ranks, which other numbers of ranks take as they come."""
 
     story = "state is stored per rank and not by its place in the whole: it fits one number of ranks only"
-    test = "dcp"
-    variant = "default"
-    checks = ("reload",)
-    causes = ("wrong slice",)
 
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Remember the layout."""
-        self.layout = arguments["layout"]
-        return arguments
+    def applies(self, layout: Layout) -> bool:
+        """Another number of ranks than at saving."""
+        return layout.kind == "fsdp" and layout.shard == 4
 
-    def after_load(self, model: nn.Module) -> nn.Module:
+    def first(self, rows: int) -> int:
         """Take the first rows of the shard that this rank's number had at saving."""
-        if self.layout.kind == "fsdp" and self.layout.shard == 4:
-            wrong_rows(model, first=lambda rows: -(-rows // 2) * self.rank)
-            self.hit()
-        return model
-
-
-def wrong_rows(model: nn.Module, *, first: Callable[[int], int]) -> None:
-    """Fill each shard with the rows of the whole from ``first(rows)`` on; what lies outside is zero."""
-    for parameter in model.parameters():
-        if not isinstance(parameter, DTensor):
-            continue
-        whole = parameter.detach().full_tensor()
-        part = local(parameter.detach())
-        start = min(first(whole.shape[0]), whole.shape[0])
-        rows = whole[start : start + part.shape[0]]
-        part.zero_()
-        part[: rows.shape[0]].copy_(rows)
-
-
-# resume
-
-
-class _Resume(Fault):
-    """Acts after the training state was restored."""
-
-    test = "resume"
-    variant = "default"
-    checks: ClassVar[tuple[str, ...]] = ("restored_optimizer", "resumed_optimizer")
-    causes = ("state not restored",)
-
-    def load_training(self, inner: Backend, arguments: tuple[Any, ...]) -> None:
-        """Restore, then damage."""
-        inner.load_training(*arguments)
-        self.damage(arguments[0], arguments[1])
-        self.hit()
-
-    def damage(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Change what was restored."""
-
-
-class FrozenDropped(_Resume, bug="state-of-frozen-params-dropped"):
-    """State of parameters that are frozen while loading is left out."""
-
-    story = "a block that is frozen at the time of the load comes back without its moments"
-
-    def damage(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Freeze a block, drop the state of what is frozen, thaw it."""
-        block = blocks_of(model)[0]
-        block.requires_grad_(False)
-        for parameter in [held for held in optimizer.state if not held.requires_grad]:
-            del optimizer.state[parameter]
-        block.requires_grad_(True)
-
-
-class UnshardedDropped(_Resume, bug="ignored-module-optimizer-load"):
-    """State of parameters outside the sharded blocks is passed over."""
-
-    story = "the load knows how to place the state of sharded blocks and skips what lies outside of them"
-
-    def damage(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the state of all parameters in no block."""
-        inside = {id(parameter) for block in blocks_of(model) for parameter in block.parameters()}
-        for parameter in [held for held in optimizer.state if id(held) not in inside]:
-            del optimizer.state[parameter]
-
-
-class MomentsRounded(_Resume, bug="custom-state-corrupted-by-dcp"):
-    """State of a compressed kind does not come back as it was."""
-
-    story = "second moments go through a narrower dtype between save and load: the first step explodes or drifts"
-
-    def damage(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Round the second moments to eight bits."""
-        for state in optimizer.state.values():
-            part = local(state["exp_avg_sq"])
-            part.copy_(part.to(torch.float8_e5m2).to(part.dtype))
-
-
-class NeverSaved(_Resume, bug="optimizer-state-never-saved"):
-    """The checkpoint holds model and scheduler only."""
-
-    story = "nobody writes the optimizer's state, and the resumed run starts with an empty one"
-
-    def wrap(self, backend: Backend) -> Backend:
-        """Save an empty state."""
-        inner: Any = backend
-        original = inner.save_training
-
-        def save_training(model: Any, optimizer: Any, scheduler: Any, folder: Any) -> None:
-            held = dict(optimizer.state)
-            optimizer.state.clear()
-            original(model, optimizer, scheduler, folder)
-            optimizer.state.update(held)
-            self.hit()
-
-        inner.save_training = save_training
-        return super().wrap(backend)
-
-
-class OtherFileName(_Resume, bug="optimizer-file-name-mismatch"):
-    """The loader looks for another file than the saver wrote, and goes on without it."""
-
-    story = "a file that is not there is passed over: optimizer and schedule start again"
-    checks = ("restored_optimizer", "resumed_lrs")
-
-    def load_training(self, inner: Backend, arguments: tuple[Any, ...]) -> None:
-        """Load if the wrong name exists, which it does not."""
-        if (Path(arguments[3]) / "optimizer.bin").exists():
-            inner.load_training(*arguments)
-        self.hit()
-
-
-class MixedStreams(Fault, bug="rng-after-layout-change"):
-    """Generators are restored where a rank finds a file of its own, and fresh elsewhere."""
-
-    story = "rank 0 goes on with its saved random numbers while rank 1 starts new ones"
-    test = "resume"
-    variant = "default"
-    checks = ("resumed_rng",)
-    causes = ("RNG not restored",)
-    blamed = 1
-    kept: ClassVar[tuple[int, ...]] = (0,)
-
-    def load_training(self, inner: Backend, arguments: tuple[Any, ...]) -> None:
-        """Restore, and put the old generator back on the other ranks."""
-        state = torch.get_rng_state()
-        inner.load_training(*arguments)
-        if self.rank not in self.kept:
-            torch.set_rng_state(state)
-            self.hit()
+        return -(-rows // 2) * self.rank

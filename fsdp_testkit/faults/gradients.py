@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.parts import Instead
 
 
 class NoReduce:
@@ -83,25 +84,20 @@ class ReplicaDrifts(Fault):
         self.hit()
 
 
-class TokensIgnored(Fault, bug="per-rank-token-normaliser-bias"):
+class TokensIgnored(Instead, bug="per-rank-token-normaliser-bias"):
     """Each rank divides by its own token count where the global one is declared."""
 
     story = "ranks with few valid tokens get too much weight"
+    method = "train_step"
     checks = ("gradients",)
     causes = ("wrong normaliser",)
 
-    def wrap(self, backend: Any) -> Any:
+    def instead(self, original: Any, *arguments: Any, **named: Any) -> Any:
         """Replace the declared normaliser."""
-        outer: Any = super().wrap(backend)
-        inner_step = outer.train_step
-
-        def step(model: Any, optimizer: Any, batches: Any, normaliser: str, max_norm: float) -> Any:
-            if normaliser == "token_mean":
-                self.hit()
-            return inner_step(model, optimizer, batches, "rank_mean", max_norm)
-
-        outer.train_step = step
-        return outer
+        model, optimizer, batches, normaliser, max_norm = arguments
+        if normaliser == "token_mean":
+            self.hit()
+        return original(model, optimizer, batches, "rank_mean", max_norm, **named)
 
 
 class FrozenTrained(Fault, bug="flat-param-uniform-requires-grad"):

@@ -22,8 +22,13 @@ MODULES = (
     "structure",
     "weights",
     "bugs_in_training",
+    "bugs_of_optimizers",
+    "bugs_of_hooks",
     "bugs_in_loading",
+    "bugs_of_ties",
+    "bugs_of_memory",
     "bugs_in_saving",
+    "bugs_in_resuming",
     "bugs_between_ranks",
 )
 

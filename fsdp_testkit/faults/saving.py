@@ -6,92 +6,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fsdp_testkit.backends.base import Backend
 from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.parts import Rewritten
 
 
-def rewrite(folder: Path, change: Any) -> bool:
-    """Apply ``change(tensors)`` to the one safetensors file that it wants to change; return whether one was."""
-    from safetensors.torch import load_file, save_file
-
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(file)
-        if change(tensors):
-            save_file(tensors, file, metadata={"format": "pt"})
-            return True
-    return False
-
-
-class NormDropped(Fault):
+class NormDropped(Rewritten):
     """A norm's key is missing from the saved files."""
 
     story = "the final norm is not saved"
-    test = "save_load"
     checks = ("files", "ranks", "reload")
 
-    def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
-        """Remove the key on rank 0, then let the others go on."""
-        del model, layout
-
-        def drop(tensors: dict[str, torch.Tensor]) -> bool:
-            return tensors.pop("model.norm.weight", None) is not None
-
-        if self.rank == 0 and rewrite(folder, drop):
-            self.hit()
-        dist.barrier()
+    def change(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Remove the key."""
+        return tensors.pop("model.norm.weight", None) is not None
 
 
-class TiedSavedTwice(Fault, bug="tied-alias-saved-twice"):
+class TiedSavedTwice(Rewritten, bug="tied-alias-saved-twice"):
     """A tied weight is stored under both of its names."""
 
     story = "the alias of a tied weight is saved too"
-    test = "save_load"
     variant = "tied"
-    checks = ("files", "ranks")
-    causes = ("key missing or extra in a file",)
 
-    def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
-        """Add the alias on rank 0."""
-        del model, layout
-
-        def double(tensors: dict[str, torch.Tensor]) -> bool:
-            if "model.embed_tokens.weight" not in tensors:
-                return False
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-            return True
-
-        if self.rank == 0 and rewrite(folder, double):
-            self.hit()
-        dist.barrier()
+    def change(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Add the alias."""
+        if "model.embed_tokens.weight" not in tensors:
+            return False
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        return True
 
 
-class OneSliceSaved(Fault, bug="adapter-save-keeps-rank0-slice-only"):
+class OneSliceSaved(Rewritten, bug="adapter-save-keeps-rank0-slice-only"):
     """The file holds rank 0's slice of one tensor; the rest is what was in memory."""
 
     story = "rank 0's slice stands for the whole tensor"
-    test = "save_load"
     checks = ("reload",)
     causes = ("wrong slice",)
 
-    def after_save(self, model: nn.Module, folder: Path, layout: str) -> None:
-        """Zero the rows of the other ranks on rank 0."""
-        del model, layout
+    def change(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Zero the rows of the other ranks."""
         name = "model.layers.0.self_attn.q_proj.weight"
-
-        def cut(tensors: dict[str, torch.Tensor]) -> bool:
-            if name not in tensors:
-                return False
-            rows = -(-tensors[name].shape[0] // self.world_size)
-            tensors[name][rows:] = 0
-            return True
-
-        if self.rank == 0 and rewrite(folder, cut):
-            self.hit()
-        dist.barrier()
+        if name not in tensors:
+            return False
+        rows = -(-tensors[name].shape[0] // self.world_size)
+        tensors[name][rows:] = 0
+        return True
 
 
 class StaleWeightsSaved(Fault):

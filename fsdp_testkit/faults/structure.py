@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.parts import Sharding
 
 
-class BlockNotWrapped(Fault):
+class BlockNotWrapped(Sharding):
     """One repeated block is left to the root unit."""
 
     story = "the first block is no FSDP unit"
@@ -18,40 +19,27 @@ class BlockNotWrapped(Fault):
     test = "sharding_structure"
     checks = ("structure",)
 
-    def patches(self) -> list[tuple[Any, Any]]:
-        """Skip ``fully_shard`` on the first block."""
-        seen: dict[str, bool] = {}
-        original = fully_shard  # this module's own name is replaced too
-
-        def partial(module: Any, **arguments: Any) -> Any:
-            if not isinstance(module, list) and "Layer" in type(module).__name__ and not seen:
-                seen["done"] = True
-                self.hit()
-                return module
-            return original(module, **arguments)
-
-        return [(fully_shard, partial)]
+    def shard(self, original: Any, module: Any, **arguments: Any) -> Any:
+        """Skip the first block of each load."""
+        if not isinstance(module, list) and "Layer" in type(module).__name__ and not self.hits:
+            self.hit()
+            return module
+        return original(module, **arguments)
 
 
-class RootNotWrapped(Fault):
+class RootNotWrapped(Sharding):
     """``fully_shard`` is never called on the model itself."""
 
     story = "what lies outside the blocks is not sharded"
     test = "sharding_structure"
     checks = ("structure",)
 
-    def patches(self) -> list[tuple[Any, Any]]:
-        """Skip ``fully_shard`` on the module that has a head."""
-
-        original = fully_shard
-
-        def partial(module: Any, **arguments: Any) -> Any:
-            if not isinstance(module, list) and hasattr(module, "get_output_embeddings") and hasattr(module, "lm_head"):
-                self.hit()
-                return module
-            return original(module, **arguments)
-
-        return [(fully_shard, partial)]
+    def shard(self, original: Any, module: Any, **arguments: Any) -> Any:
+        """Skip the module that has a head."""
+        if not isinstance(module, list) and hasattr(module, "get_output_embeddings") and hasattr(module, "lm_head"):
+            self.hit()
+            return module
+        return original(module, **arguments)
 
 
 class ReshardSwapped(Fault, bug="root-never-resharded"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.parts import set_in_config
 
 
 class TieBroken(Fault, bug="tie-lost-after-to-empty"):
@@ -40,9 +40,7 @@ class TieBroken(Fault, bug="tie-lost-after-to-empty"):
             embedding = next(name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight")))
             tensors["lm_head.weight"] = tensors[embedding].clone()
             save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-            config = json.loads((copy / "config.json").read_text())
-            config["tie_word_embeddings"] = False
-            (copy / "config.json").write_text(json.dumps(config))
+            set_in_config(copy, tie_word_embeddings=False)
         self.hit()
         return arguments | {"checkpoint": copy}
 
