@@ -222,20 +222,26 @@ def skip(context, rank):
         raise unittest.SkipTest("no such thing here")
 
 
-def subset(context, rank):
+def groups(context, rank):
     """Groups that are used in another order on one rank."""
     import torch
     import torch.distributed as dist
 
     context.observe()
-    groups = [dist.new_group(), dist.new_group()]
+    both = [dist.new_group(), dist.new_group()]
     if context.rank == rank:
-        groups.reverse()
-    for group in groups:
+        both.reverse()
+    for group in both:
         dist.all_reduce(torch.ones(1), group=group)
 
 
-def pollutes(context, rank):  # noqa: ARG001
+def returns_early(context, rank):
+    """All but one rank wait for one that has returned."""
+    if not struck(context, rank):
+        reduce()
+
+
+def pollutes(context, rank, fails):
     import torch
 
     context.observe()
@@ -250,7 +256,8 @@ def pollutes(context, rank):  # noqa: ARG001
     threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
     torch.distributed.new_group([context.rank], use_local_synchronization=True)
     torch.__dict__["leak"] = bytearray(64 << 20)
-    raise RuntimeError("polluted")
+    if fails and rank in (-1, context.rank):
+        raise RuntimeError("polluted")
 
 
 def state(context):

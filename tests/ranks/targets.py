@@ -86,7 +86,7 @@ def raises(context, rank, when="before", kind="value"):
     context.observe()
     if when == "after":
         reduce(context)
-    if context.rank == rank:
+    if rank in (-1, context.rank):
         if when == "inside":
             import torch
             import torch.distributed as dist
@@ -115,7 +115,7 @@ def all_raise(context):
 def ends(context, rank, how):
     context.observe()
     reduce(context)
-    if context.rank == rank:
+    if rank in (-1, context.rank):
         sys.stderr.write("last words\n")
         if how == "null":
             ctypes.string_at(0)
@@ -135,7 +135,7 @@ def shapes(context):
 
 def aborts_after_success(context, rank):
     context.observe()
-    if context.rank == rank:
+    if rank in (-1, context.rank):
         import torch.distributed as dist
 
         dist.destroy_process_group = os.abort
@@ -155,7 +155,7 @@ def hangs_after_success(context, rank):
 def hangs(context, rank, how):
     context.observe()
     reduce(context)
-    if context.rank == rank:
+    if rank in (-1, context.rank):
         if how == "sleep":
             time.sleep(1000)
         elif how == "loop":

@@ -7,9 +7,18 @@ from faults import FAULTS, Fault, strike
 
 from fsdp_testkit.ranks import Harness
 
+CASES = [
+    pytest.param(fault, size, rank, id=f"{fault.title.replace('`', '')}-{size}-{'all' if rank < 0 else rank}")
+    for fault in FAULTS
+    # two ranks struck on the first, four on the last, and on all of two; the script that writes the table does the rest
+    for size, rank in fault.places(2, 4)
+    if (size, rank) in ((2, 0), (4, 3), (2, -1))
+]
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title.replace(" ", "-").replace("`", ""))
-@pytest.mark.parametrize(("world_size", "rank"), [(2, 0), (4, 3)])
+
+@pytest.mark.parametrize(("fault", "world_size", "rank"), CASES)
 def test_fault(shared_harness: Harness, fault: Fault, world_size: int, rank: int) -> None:
-    problem = strike(shared_harness, fault, world_size, rank, patience=4.0).problem
-    assert not problem, problem
+    seen = strike(shared_harness, fault, world_size, rank, patience=4.0)
+    if seen.lacks:
+        pytest.skip(seen.lacks)
+    assert not seen.problem
