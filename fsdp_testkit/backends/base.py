@@ -26,8 +26,11 @@ CAPABILITIES = frozenset(
         "resume",  # save_training / load_training
         "meta_init",  # claims that no rank builds or initialises a full model in vain
         "fake",  # loads under a fake process group
+        # features: what `Features` has a field for
         "cpu_offload",
         "mixed_precision",
+        "activation_checkpointing",
+        "gradient_sync",
     }
 )
 
@@ -83,6 +86,32 @@ def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], config: Op
     return [group for group in groups if group["params"]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """What a case asks of a backend beyond layout and plan; the defaults ask for nothing.
+
+    Attributes:
+        activation_checkpointing: blocks run their forward again in backward, with the same random numbers.
+        mixed_precision: ``""``, or the dtype in which all units compute, ``"bfloat16"``: inputs and gathered
+            parameters are cast to it, gradients are reduced in fp32 and have the parameter's dtype. Modules that
+            the model keeps in fp32 (``_keep_in_fp32_modules``) compute in fp32.
+        cpu_offload: parameters, gradients and optimizer state stay in CPU memory.
+        reduce_each: gradients are reduced in each micro-batch and summed as shards, instead of once in the last
+            one (capability ``gradient_sync``).
+    """
+
+    activation_checkpointing: bool = False
+    mixed_precision: str = ""
+    cpu_offload: bool = False
+    reduce_each: bool = False
+
+    def __bool__(self) -> bool:
+        return self != Features()
+
+
+NO_FEATURES = Features()
+
+
 @runtime_checkable
 class Backend(Protocol):
     """An implementation under test. Instances live on one rank, inside a job's process group."""
@@ -98,8 +127,12 @@ class Backend(Protocol):
         layout: Layout,
         plan: Any,
         dtype: torch.dtype,
+        features: Features = NO_FEATURES,
     ) -> nn.Module:
         """Load and shard a checkpoint folder (safetensors, or a DCP folder if `dcp`) on the layout's mesh.
+
+        ``features`` is given where a case asks for one: a backend without such capabilities need not take it.
+        What concerns `train_step` (``reduce_each``) the backend keeps until then.
 
         ``plan`` is ``"auto"`` or the kit's plan dict ``{"mode": "manual", "modules": {pattern: options}}``
         with options ``reshard_after_forward``, ``cpu_offload``, ``mixed_precision``.

@@ -23,6 +23,9 @@ NORMALISERS = ("rank_mean", "token_mean")
 class TrainingLoop:
     """Default optimizer and training step of a data-parallel backend whose wrapper averages over ranks."""
 
+    #: Whether gradients are reduced in each micro-batch; see `Features.reduce_each`.
+    reduce_each = False
+
     def make_optimizer(self, model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
         """Return AdamW over the trainable parameters in the groups of `parameter_groups`."""
         return torch.optim.AdamW(
@@ -71,7 +74,7 @@ class TrainingLoop:
         weights = self.loss_weights(model, micro_batches, normaliser)
         losses = []
         for index, (batch, weight) in enumerate(zip(micro_batches, weights, strict=True)):
-            with gradient_sync(model, last=index == len(micro_batches) - 1):
+            with gradient_sync(model, last=self.reduce_each or index == len(micro_batches) - 1):
                 loss = model(**batch.inputs).loss
                 (loss * weight).backward()
             losses.append(float(loss.detach().item()))
@@ -136,6 +139,11 @@ def squared_norm(tensors: Sequence[torch.Tensor]) -> float:
             if placement.is_shard():
                 dist.all_reduce(square, group=first.device_mesh.get_group(axis))
     return float(square.item())
+
+
+def recompute(model: Any) -> None:
+    """Have the blocks of a transformers model run their forward again in backward."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from fsdp_testkit.backends.base import CAPABILITIES
-from fsdp_testkit.backends.loop import TrainingLoop
+from fsdp_testkit.backends.base import CAPABILITIES, NO_FEATURES, Features
+from fsdp_testkit.backends.loop import TrainingLoop, recompute
 from fsdp_testkit.reference import load_sharded, load_training, save_sharded, save_training
 
 if TYPE_CHECKING:
@@ -31,10 +31,17 @@ class ReferenceBackend(TrainingLoop):
         layout: Layout,
         plan: Any,
         dtype: torch.dtype,
+        features: Features = NO_FEATURES,
     ) -> nn.Module:
         """Load and shard a checkpoint folder (safetensors or DCP) on the layout's mesh."""
+        self.reduce_each = features.reduce_each
+        if features.mixed_precision or features.cpu_offload:
+            options = {"mixed_precision": features.mixed_precision or None, "cpu_offload": features.cpu_offload}
+            plan = {**({"mode": "auto"} if plan == "auto" else plan), "options": options}
         mesh = init_device_mesh(layout.device, layout.mesh_shape, mesh_dim_names=layout.mesh_axes)
         model: nn.Module = load_sharded(checkpoint, mesh, plan, dtype, model_class=model_class)
+        if features.activation_checkpointing:
+            recompute(model)
         return model
 
     def save(self, model: nn.Module, folder: Path, *, layout: str) -> None:

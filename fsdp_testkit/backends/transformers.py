@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fsdp_testkit.backends.base import CAPABILITIES
-from fsdp_testkit.backends.loop import TrainingLoop
+from fsdp_testkit.backends.base import CAPABILITIES, NO_FEATURES, Features
+from fsdp_testkit.backends.loop import TrainingLoop, recompute
 from fsdp_testkit.core.errors import EnvironmentLacksError
 from fsdp_testkit.core.layout import Layout
 
@@ -39,6 +39,7 @@ class TransformersBackend(TrainingLoop):
         layout: Layout,
         plan: Any,
         dtype: torch.dtype,
+        features: Features = NO_FEATURES,
     ) -> nn.Module:
         """Shard while loading, by transformers' default plan or the given rules on top of it.
 
@@ -46,17 +47,20 @@ class TransformersBackend(TrainingLoop):
             EnvironmentLacksError: accelerate is not installed; transformers loads through a device map, which needs it.
         """
         require_accelerate()
+        self.reduce_each = features.reduce_each
         from transformers.distributed import DistributedConfig
 
         config = DistributedConfig(
             fsdp_size=layout.shard,
             dp_replicate_size=layout.replicate,
             fsdp_plan=translate_plan(plan),
-            fsdp_cpu_offload=any_option(plan, "cpu_offload"),
-            fsdp_mixed_precision=any_option(plan, "mixed_precision"),
+            fsdp_cpu_offload=features.cpu_offload or any_option(plan, "cpu_offload"),
+            fsdp_mixed_precision=bool(features.mixed_precision) or any_option(plan, "mixed_precision"),
         )
         loader: Any = model_class
         model: nn.Module = loader.from_pretrained(str(checkpoint), distributed_config=config, dtype=dtype)
+        if features.activation_checkpointing:
+            recompute(model)
         return model
 
     def save(self, model: nn.Module, folder: Path, *, layout: str) -> None:

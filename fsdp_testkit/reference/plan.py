@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +45,14 @@ class ModuleOptions:
         if self.mixed_precision is not None and self.mixed_precision not in PRECISIONS:
             raise PlanError(f"mixed_precision={self.mixed_precision!r} must be one of {PRECISIONS} or None")
 
+    def with_defaults(self, other: ModuleOptions) -> ModuleOptions:
+        """Return these options, with the other's offload and precision where these have none."""
+        return replace(
+            self,
+            cpu_offload=self.cpu_offload or other.cpu_offload,
+            mixed_precision=self.mixed_precision or other.mixed_precision,
+        )
+
     @classmethod
     def parse(cls, value: Any) -> ModuleOptions:
         """Read options from a `ModuleOptions`, a dict, or one or several of transformers' words.
@@ -82,10 +90,13 @@ class Plan:
         mode: ``"auto"`` (embedding, each repeated block, final norm with output head) or ``"manual"``.
         modules: pattern -> options. A pattern is a module's fully qualified name in which ``*`` stands for
             one component; ``""`` is the root. Only for ``"manual"``.
+        options: what holds for all units: their ``cpu_offload`` and ``mixed_precision`` where they have none of
+            their own. Modules that the model keeps in fp32 stay out of a ``mixed_precision`` given here.
     """
 
     mode: str = "auto"
     modules: Mapping[str, ModuleOptions] = field(default_factory=dict)
+    options: ModuleOptions = field(default_factory=lambda: ModuleOptions())
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "manual"):
@@ -103,14 +114,17 @@ class Plan:
             except PlanError as error:
                 raise PlanError(f"pattern {pattern!r}: {error}") from None
         object.__setattr__(self, "modules", MappingProxyType(parsed))
+        object.__setattr__(self, "options", ModuleOptions.parse(self.options))
+        if self.options.reshard_after_forward is not None:
+            raise PlanError("options of all units must leave reshard_after_forward to each of them")
 
     @classmethod
     def parse(cls, value: Any) -> Plan:
         """Read a plan.
 
         Args:
-            value: a `Plan`; ``"auto"``; ``{"mode": ..., "modules": {pattern: options}}``; or transformers'
-                form ``{pattern: "free_full_weight" | [words]}``.
+            value: a `Plan`; ``"auto"``; ``{"mode": ..., "modules": {pattern: options}, "options": {...}}``; or
+                transformers' form ``{pattern: "free_full_weight" | [words]}``.
 
         Raises:
             PlanError: ``value`` has another form.
@@ -121,10 +135,12 @@ class Plan:
             return cls()
         if not isinstance(value, Mapping):
             raise PlanError(f"plan={value!r} must be 'auto', a Plan, or a dict of module patterns")
-        if "mode" in value or "modules" in value:
-            if unknown := sorted(set(map(str, value)) - {"mode", "modules"}):
-                raise PlanError(f"plan has unknown keys {unknown}; known are ['mode', 'modules']")
-            return cls(mode=value.get("mode", "manual"), modules=value.get("modules", {}))
+        known = ["mode", "modules", "options"]
+        if any(key in value for key in known):
+            if unknown := sorted(set(map(str, value)) - set(known)):
+                raise PlanError(f"plan has unknown keys {unknown}; known are {known}")
+            options = ModuleOptions.parse(value.get("options"))
+            return cls(mode=value.get("mode", "manual"), modules=value.get("modules", {}), options=options)
         if not value:
             raise PlanError("plan={} names no module; use 'auto', or {'': {}} for one unit in all")
         return cls(mode="manual", modules=value)

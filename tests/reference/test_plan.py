@@ -163,3 +163,24 @@ def test_tied_modules_need_the_same_options() -> None:
     plan = Plan.parse({"lm_head": "cpu_offload", "model.embed_tokens": "free_full_weight"})
     with pytest.raises(PlanError, match="share parameters"):
         resolve(plan, small.build("llama", tie=True))
+
+
+def test_options_of_all_units_and_what_stays_in_fp32() -> None:
+    model = small.build("llama")
+    model._keep_in_fp32_modules_strict = {"q_proj"}
+    options = {"mixed_precision": "bfloat16", "cpu_offload": True}
+    units = resolve(Plan.parse({"mode": "auto", "options": options}), model)
+    assert all(unit.options.cpu_offload for unit in units)
+    kept = [unit.modules for unit in units if unit.options.mixed_precision is None]
+    assert kept == [(f"model.layers.{index}.self_attn.q_proj",) for index in (0, 1)]
+    rest = [(modules, style) for modules, style in shape({"mode": "auto", "options": options}, model)]
+    plain = shape("auto", small.build("llama"))
+    assert {unit for unit in rest if unit[0] not in kept} == set(plain)
+
+
+def test_an_option_of_a_module_goes_before_that_of_all() -> None:
+    plan = {"modules": {"model.layers.*": {"mixed_precision": "float16"}}, "options": {"mixed_precision": "bfloat16"}}
+    found = {unit.options.mixed_precision for unit in resolve(Plan.parse(plan), small.build("llama"))}
+    assert found == {"float16", "bfloat16"}
+    with pytest.raises(PlanError, match="must leave reshard_after_forward"):
+        Plan.parse({"options": {"reshard_after_forward": True}})
