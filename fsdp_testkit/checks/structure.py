@@ -108,6 +108,14 @@ def _parameters(verdict: Verdict, evidence: Evidence, tree: dict[str, Any], layo
             )
 
 
+def check_ties(evidences: list[Evidence], tree: dict[str, Any]) -> Verdict:
+    """Judge which parameters are one object, and nothing else of the structure."""
+    verdict = Verdict.empty()
+    for evidence in evidences:
+        _ties(verdict, evidence, tree)
+    return verdict
+
+
 def _ties(verdict: Verdict, evidence: Evidence, tree: dict[str, Any]) -> None:
     """Parameters that were one object must be one object still, and no others."""
     found = {frozenset([name, *facts["aliases"]]) for name, facts in evidence.facts["parameters"].items()}
@@ -214,8 +222,9 @@ def _manual_units(
     verdict.expect(bool(rules), check=CHECK, rank=evidence.rank, message="the manual plan matches no module at all")
     for unit in expected_units(rules, tree):
         kept = _other_dtype(evidence, unit)
+        along = _beside_aliases(tree, rules, unit)
         verdict.expect(
-            unit - kept in units,
+            any(unit - kept <= own <= unit | along for own in units),
             check=CHECK,
             rank=evidence.rank,
             parameter=min(unit),
@@ -307,6 +316,13 @@ def expected_units(rules: dict[str, dict[str, Any]], tree: dict[str, Any]) -> li
             own |= unit
         units.append(own)
     return units
+
+
+def _beside_aliases(tree: dict[str, Any], rules: dict[str, dict[str, Any]], unit: set[str]) -> set[str]:
+    """Return what may join a unit: modules outside of the plan that also hold one of its parameters."""
+    holders = {alias.rpartition(".")[0] for name in unit for alias in [name, *tree["parameters"][name]["aliases"]]}
+    planned = set().union(*(_owned(tree, module) for module in rules))
+    return {name for holder in holders if holder for name in _owned(tree, holder)} - (planned - unit)
 
 
 def _nested(tree: dict[str, Any], rules: dict[str, dict[str, Any]], module: str) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.result import Result
+from fsdp_testkit.diagnosis.seen import RunFacts
 from fsdp_testkit.engine.work import Run
 
 #: Findings near a cause come first; what follows from them (losses, weights at the end) comes last.
@@ -37,7 +38,10 @@ _ORDER = (
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What a procedure found for one layout."""
+    """What a procedure found for one layout.
+
+    ``hints`` (findings of checks that do not judge this row) and ``run_facts`` are for the diagnosis of red rows.
+    """
 
     layout: str = ""
     verdict: Verdict = field(default_factory=Verdict.empty)
@@ -45,6 +49,8 @@ class Outcome:
     outcome: str = ""
     reason: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    hints: list[Finding] = field(default_factory=list)
+    run_facts: RunFacts | None = None
 
     @classmethod
     def not_applicable(cls, reason: str) -> Outcome:

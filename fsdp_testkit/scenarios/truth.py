@@ -8,6 +8,7 @@ training loops under test.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,11 @@ def write_checkpoint(model: nn.Module, folder: Path) -> None:
     partial.rename(folder)
 
 
-def play(case: Case, model: nn.Module) -> Evidence:
+#: Called before each step with its number, the batches [rank][micro-batch] and the ranks' random states.
+BeforeStep = Callable[[int, list[list[Any]], list[torch.Tensor]], None]
+
+
+def play(case: Case, model: nn.Module, before_step: BeforeStep | None = None) -> Evidence:
     """Train ``model`` over the case's steps, playing all ranks of its layout."""
     config, model_class = resolved(case.model)
     model.train()
@@ -92,6 +97,8 @@ def play(case: Case, model: nn.Module) -> Evidence:
         batches = [
             micro_batches(case, config, model_class, rank=rank, step=step) for rank in range(case.layout.world_size)
         ]
+        if before_step is not None:
+            before_step(step, batches, states)
         losses = play_step(case, model, batches, states, step, facts["idle_experts"])
         facts["losses"][str(step)] = losses
         facts["tokens"][str(step)] = [[batch.tokens for batch in group] for group in batches]

@@ -1,0 +1,46 @@
+"""A second look at a red run, for the diagnosis: what it costs, only red rows pay."""
+
+from __future__ import annotations
+
+from fsdp_testkit.checks.buffers import check_buffers, check_dtypes
+from fsdp_testkit.checks.parts import explain_gradients, first_bad_step
+from fsdp_testkit.checks.structure import check_ties
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.core.finding import Finding
+from fsdp_testkit.core.layout import Layout
+from fsdp_testkit.diagnosis.seen import of_run
+from fsdp_testkit.engine.outcome import Outcome
+from fsdp_testkit.engine.work import SpecWork, truth_case
+
+
+def look_closer(outcome: Outcome, work: SpecWork, case: Case, run: list[Evidence], truth: Evidence) -> None:
+    """Where a run is red, look at what its own test does not judge, and at what wrong gradients are made of."""
+    findings = outcome.verdict.findings
+    if not findings:
+        return
+    outcome.hints = hints(run, truth)
+    step = first_bad_step(findings)
+    parts = None if step is None else parts_of(work, case, step)
+    if parts is not None and step is not None:
+        outcome.verdict.findings = explain_gradients(findings, run, truth, parts, case, step)
+    outcome.run_facts = of_run(case, run, truth, parts, step)
+
+
+def hints(run: list[Evidence], truth: Evidence) -> list[Finding]:
+    """Return findings of other checks over the same evidence; they are no verdict of the row."""
+    found = check_ties(run, truth.facts["tree"])
+    if all("units" in evidence.facts for evidence in run):  # buffers were read right after the load
+        found.add(check_buffers(run, truth)).add(check_dtypes(run, truth))
+    return found.findings
+
+
+def parts_of(work: SpecWork, case: Case, step: int) -> Evidence | None:
+    """Return each rank's and micro-batch's own gradients of ``step``, ``None`` where they cannot be had."""
+    run = work.job(
+        "parts:run",
+        {"case": truth_case(case).to_json(), "step": step},
+        Layout(kind="single"),
+        name=f"parts of a gradient of {work.spec.model_type}",
+    )
+    return None if run.failure else run.get()[0]
