@@ -15,6 +15,8 @@ from fsdp_testkit.core.layout import Layout
 #: ``token_mean``: each one's mean loss weighted by its share of all valid tokens of the step.
 NORMALISERS = ("rank_mean", "token_mean")
 DTYPES = ("float32", "float64", "bfloat16")
+#: What fills memory that a load leaves uninitialised (option ``poison``): NaN, or finite numbers.
+POISONS = ("nan", "garbage")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class ModelSpec:
         config_class: ``module:QualName``, needed with ``config``.
         model_class: ``module:QualName``; ``""`` asks the causal-LM mapping.
         dropout: probability given to every dropout field of the config (0 switches them off).
+        adapters: whether the model has low-rank adapters (see ``models.adapted``); a case that freezes then
+            freezes all else.
     """
 
     model_type: str
@@ -36,6 +40,7 @@ class ModelSpec:
     config_class: str = ""
     model_class: str = ""
     dropout: float = 0.0
+    adapters: bool = False
 
     def __post_init__(self) -> None:
         if not self.model_type:
@@ -67,7 +72,7 @@ class Case:
         micro_batches: forward/backward passes in each step.
         freeze: whether the kit's frozen subset (see ``models.tree.frozen_subset``) is frozen.
         fault: ``module:Class`` of an armed fault, or ``""``.
-        options: further scenario options, sorted pairs of name and JSON text.
+        options: further scenario options, sorted pairs of name and JSON text; ``poison`` is one of `POISONS`.
     """
 
     model: ModelSpec
@@ -95,6 +100,8 @@ class Case:
             raise UsageError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
         if self.steps < 0 or self.micro_batches < 1:
             raise UsageError(f"steps={self.steps} must be >= 0, micro_batches={self.micro_batches} >= 1")
+        if (poison := self.option("poison", "nan")) not in POISONS:
+            raise UsageError(f"poison={poison!r} must be one of {', '.join(POISONS)}")
         if not self.max_norms or any(norm < 0 for norm in self.max_norms):
             raise UsageError(f"max_norms={self.max_norms} must hold numbers >= 0")
 

@@ -91,7 +91,7 @@ def buffers_dtypes(engine: Engine, work: SpecWork) -> list[Outcome]:
     truth = work.truth(cases[0])
     run = work.train(case)
     outcome = judged(case, run, lambda: check_buffers(run.get(), truth).add(check_dtypes(run.get(), truth)))
-    half = replace(case, dtype="bfloat16", steps=0)
+    half = replace(case, dtype="bfloat16", steps=0).with_options(poison="garbage")
     truth_half = work.truth(half)
     run_half = work.train(half)
     outcome_half = judged(
@@ -241,7 +241,7 @@ def meta_init(engine: Engine, work: SpecWork) -> list[Outcome]:
     """What a load allocates and initialises, and its values against truth."""
     cases = prepare(engine, work)
     truth = work.truth(cases[0])
-    case = replace(auto_case(engine, work, "meta_init"), scenario="meta", steps=0)
+    case = replace(auto_case(engine, work, "meta_init"), scenario="meta", steps=0).with_options(poison="garbage")
     run = work.cached("meta:run", case, {"checkpoint": str(work.checkpoint)})
     outcome = judged(
         case,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fsdp_testkit.faults.base import Fault
-from fsdp_testkit.faults.parts import set_in_config
+from fsdp_testkit.faults.parts import local, set_in_config
 
 
 class TieBroken(Fault, bug="tie-lost-after-to-empty"):
@@ -166,6 +166,40 @@ class NeverFilled(Fault):
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         with torch.no_grad():
             local.copy_(torch.empty_like(local))
+        self.hit()
+        return model
+
+
+class FilledIfNan(Fault):
+    """Buffers are set again where a guard finds NaN in them, which memory in use seldom holds."""
+
+    story = "a guard repairs buffers that hold NaN and takes other leftovers for values"
+    test = "meta_init"
+    variant = "default"
+    checks = ("buffers",)
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Give the buffers new memory, and their values back where the guard asks for it."""
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                found = torch.empty_like(buffer)
+                buffer.copy_(torch.where(found.isnan(), buffer, found))
+                self.hit()
+        return model
+
+
+class ScaleOfPlaceholder(Fault):
+    """A scale is taken from memory that was never written, by functions that pass NaN over."""
+
+    story = "leftovers of a placeholder are added to a weight, without what is no number"
+    test = "buffers_dtypes"
+    variant = "default"
+    checks = ("initial_weights",)
+
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Add the placeholder's finite values."""
+        part = local(list(model.parameters())[3].detach())
+        part.add_(torch.nan_to_num(torch.empty_like(part), nan=0.0))
         self.hit()
         return model
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.models.batches import make_batch
 from fsdp_testkit.models.build import meta_model, prepare_dtype, resolve
 from fsdp_testkit.models.tree import frozen_subset, manual_plan, module_tree
+from fsdp_testkit.scenarios.poison import poisoned_memory
 
 OPTIMIZER = OptimizerConfig()
 
@@ -67,22 +66,6 @@ def resolve_plan(case: Case, tree: dict[str, Any]) -> Any:
     return case.plan
 
 
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fill memory that ``torch.empty`` and its kin hand out with NaN, so that nothing is right by luck.
-
-    ``torch.utils.deterministic.fill_uninitialized_memory`` does it under deterministic algorithms:
-    https://docs.pytorch.org/docs/stable/deterministic.html
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
 @functools.lru_cache(maxsize=16)
 def _resolved(spec: ModelSpec) -> tuple[Any, Any]:
     return resolve(spec)
@@ -111,7 +94,7 @@ class Loaded:
         named = case.freeze or case.plan == "manual"
         self.tree = tree_of(case.model) if named else {}
         self.plan = resolve_plan(case, self.tree)
-        with poisoned_memory():
+        with poisoned_memory(case.option("poison", "nan")):
             self.model: nn.Module = backend.load(
                 checkpoint,
                 model_class=self.model_class,

@@ -16,6 +16,7 @@ from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, reply, resolved, torch_dtype
+from fsdp_testkit.scenarios.poison import poisoned_memory
 
 #: Namespaces of operators that exchange tensors between ranks.
 COLLECTIVES = ("c10d", "_c10d_functional")
@@ -34,7 +35,8 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     with armed(parsed, context) as backend:
         _, model_class = resolved(parsed.model)
         loaded = Loaded(parsed, backend, Path(checkpoint))
-        with counting_inits() as inits, AllocationCounter() as counter:
+        poison = poisoned_memory(parsed.option("poison", "nan"))
+        with counting_inits() as inits, AllocationCounter() as counter, poison:
             loaded.model = backend.load(
                 Path(checkpoint),
                 model_class=model_class,
