@@ -63,26 +63,35 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with two parameter groups: tensors of 2 or more dims decay, the others do not."""
+    """AdamW whose tensors of 2 or more dims decay, the others do not.
+
+    Attributes:
+        lr: learning rate of the decaying tensors; the others take half of it.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: of the decaying tensors.
+        split: number of sets that trainable parameters are dealt to in turn, in the order of ``named_parameters``;
+            set ``k`` has groups of its own, with the learning rates times ``0.5 ** k``.
+    """
 
     lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.95)
     # large against the rounding of a gradient, so that Adam does not amplify it
     eps: float = 1e-4
     weight_decay: float = 0.1
+    split: int = 1
 
 
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return the two groups over trainable parameters; an empty group is left out."""
-    decay: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for _, parameter in named:
-        if parameter.requires_grad:
-            (decay if parameter.ndim >= 2 else plain).append(parameter)
-    groups = [
-        {"params": decay, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0, "lr": config.lr * 0.5},
-    ]
+    """Return two groups over trainable parameters for each set of ``config.split``; an empty group is left out."""
+    trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    groups: list[dict[str, Any]] = []
+    for index in range(config.split):
+        dealt, lr = trainable[index :: config.split], config.lr * 0.5**index
+        decay = [parameter for parameter in dealt if parameter.ndim >= 2]
+        plain = [parameter for parameter in dealt if parameter.ndim < 2]
+        groups.append({"params": decay, "weight_decay": config.weight_decay, "lr": lr})
+        groups.append({"params": plain, "weight_decay": 0.0, "lr": lr * 0.5})
     return [group for group in groups if group["params"]]
 
 

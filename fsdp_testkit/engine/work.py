@@ -14,6 +14,10 @@ from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.jobs import SCENARIOS, Jobs, Order, Run
 
+#: Options that change what is right, beside how it is arrived at.
+TRUTH_OPTIONS = ("split", "few", "mixed_precision", "evaluate")
+
+
 class OracleFailedError(InternalError):
     """Truth or DDP could not be computed: nothing can be judged."""
 
@@ -130,9 +134,10 @@ def role(target: str, case: str) -> str:
 
 
 def truth_case(case: Case) -> Case:
-    """Return what truth depends on: the case without backend, plan, fault, options and comm backend."""
+    """Return what truth depends on: the case without backend, plan, fault, most options and comm backend."""
     layout = Layout(kind="ddp", replicate=case.layout.world_size)
-    return replace(case, backend="truth", plan="auto", scenario="train", fault="", options=(), layout=layout)
+    options = tuple(pair for pair in case.options if pair[0] in TRUTH_OPTIONS)
+    return replace(case, backend="truth", plan="auto", scenario="train", fault="", options=options, layout=layout)
 
 
 def truth_key(case: Case) -> str:

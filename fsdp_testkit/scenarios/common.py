@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fsdp_testkit.backends.base import Backend, MicroBatch, OptimizerConfig
+from fsdp_testkit.backends.base import Backend, Features, MicroBatch, OptimizerConfig
 from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.models.batches import make_batch
@@ -22,6 +23,19 @@ from fsdp_testkit.models.tree import frozen_subset, manual_plan, module_tree
 from fsdp_testkit.scenarios.poison import poisoned_memory
 
 OPTIMIZER = OptimizerConfig()
+#: Options of a case that are features of the same name.
+FEATURES = ("activation_checkpointing", "mixed_precision", "cpu_offload", "reduce_each")
+
+
+def optimizer_config(case: Case) -> OptimizerConfig:
+    """Return what a case asks the optimizer to be; its option ``split`` is that of `OptimizerConfig`."""
+    return replace(OPTIMIZER, split=case.option("split", 1))
+
+
+def features_of(case: Case) -> dict[str, Any]:
+    """Return the argument of a load for the features that a case asks for; nothing where it asks for none."""
+    asked = {name: case.option(name) for name in FEATURES if case.option(name)}
+    return {"features": Features(**asked)} if asked else {}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -40,9 +54,10 @@ def seed_everything(case: Case, rank: int) -> None:
 
 
 def micro_batches(case: Case, config: Any, model_class: type, *, rank: int, step: int) -> list[MicroBatch]:
-    """Return this rank's micro-batches of a step."""
+    """Return this rank's micro-batches of a step; the option ``few`` is that of `make_batch`."""
+    few = case.option("few")
     return [
-        to_micro(make_batch(config, model_class, rank=rank, step=step, micro=micro, seed=case.seed), case)
+        to_micro(make_batch(config, model_class, rank=rank, step=step, micro=micro, seed=case.seed, few=few), case)
         for micro in range(case.micro_batches)
     ]
 
@@ -101,6 +116,7 @@ class Loaded:
                 layout=case.layout,
                 plan=self.plan,
                 dtype=torch_dtype(case.dtype),
+                **features_of(case),
             )
         # the same kernels as truth takes: some have no fp64 version
         prepare_dtype(inner_model(self.model), torch_dtype(case.dtype))

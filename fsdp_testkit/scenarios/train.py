@@ -17,7 +17,14 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import OPTIMIZER, Loaded, inner_model, make_scheduler, reply, seed_everything
+from fsdp_testkit.scenarios.common import (
+    Loaded,
+    inner_model,
+    make_scheduler,
+    optimizer_config,
+    reply,
+    seed_everything,
+)
 
 
 def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def train(
     facts = evidence.facts
     if optimizer is None:
         seed_everything(case, rank)
-        optimizer = backend.make_optimizer(model, OPTIMIZER)
+        optimizer = backend.make_optimizer(model, optimizer_config(case))
         scheduler = make_scheduler(optimizer)
     for name in ("losses", "norms", "lrs", "tokens", "batches", "digests", "gradients"):
         facts[name] = {}

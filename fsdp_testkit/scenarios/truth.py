@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from fsdp_testkit.backends.base import OptimizerConfig
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.models import adapter
 from fsdp_testkit.models.build import build_model
 from fsdp_testkit.models.tree import frozen_subset, module_tree
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.common import (
-    OPTIMIZER,
     freeze,
     make_scheduler,
     micro_batches,
+    optimizer_config,
     reply,
     resolved,
     seed_everything,
     torch_dtype,
     tree_of,
 )
+
+
+#: Added to the step's number for batches that are evaluated and never trained on.
+EVALUATION = 1000
 
 
 def run(context: Any, *, cases: list[str], checkpoint: str) -> dict[str, Any]:
@@ -81,16 +88,17 @@ def play(case: Case, model: nn.Module, before_step: BeforeStep | None = None) ->
     evidence = Evidence(rank=0)
     facts = evidence.facts
     facts["tree"] = tree
+    facts["recomputes"] = bool(getattr(model, "supports_gradient_checkpointing", False))
     facts["parameters"] = observe.observe_parameters(model)
     observe.observe_buffers(model, evidence)
     observe.observe_tensors(model.named_parameters(), evidence, "initial/")
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, optimizer_config(case))
     scheduler = make_scheduler(optimizer)
     states = []
     for rank in range(case.layout.world_size):
         seed_everything(case, rank)
         states.append(torch.get_rng_state())
-    for name in ("losses", "norms", "lrs", "tokens", "gradients", "clipped"):
+    for name in ("losses", "norms", "lrs", "tokens", "gradients", "clipped", "evaluation"):
         facts[name] = {}
     facts["idle_experts"] = []
     for step in range(case.steps):
@@ -117,24 +125,31 @@ def play(case: Case, model: nn.Module, before_step: BeforeStep | None = None) ->
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        if case.option("evaluate"):
+            facts["evaluation"][str(step)] = [
+                evaluate(model, micro_batches(case, config, model_class, rank=rank, step=step + EVALUATION))
+                for rank in range(case.layout.world_size)
+            ]
     observe.observe_tensors(model.named_parameters(), evidence, "final/")
     observe.observe_optimizer(model, optimizer, evidence)
     return evidence
 
 
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """Return AdamW in the two groups that `OptimizerConfig` describes."""
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return AdamW in the groups that `OptimizerConfig` describes."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": OPTIMIZER.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0, "lr": OPTIMIZER.lr * 0.5},
-    ]
+    groups: list[dict[str, Any]] = []
+    for number in range(config.split):
+        lr = config.lr / 2**number
+        mine = [p for index, p in enumerate(trainable) if index % config.split == number]
+        groups.append({"params": [p for p in mine if p.ndim >= 2], "weight_decay": config.weight_decay, "lr": lr})
+        groups.append({"params": [p for p in mine if p.ndim < 2], "weight_decay": 0.0, "lr": lr / 2})
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=OPTIMIZER.lr,
+        lr=config.lr,
         fused=True,
-        betas=OPTIMIZER.betas,
-        eps=OPTIMIZER.eps,
+        betas=config.betas,
+        eps=config.eps,
     )
 
 
@@ -155,11 +170,12 @@ def play_step(
     total = sum(batch.tokens for group in batches for batch in group)
     combined: dict[str, torch.Tensor] = {}
     losses: list[list[float]] = []
+    forward = forward_of(case, model)
     for rank, group in enumerate(batches):
         torch.set_rng_state(states[rank])
         losses.append([])
         for batch in group:
-            loss = model(**batch.inputs).loss
+            loss = forward(batch).loss
             losses[rank].append(float(loss.detach()))
             share = 1.0 / micro if case.normaliser(step) == "rank_mean" else batch.tokens * world / total
             (loss * share).backward()
@@ -172,6 +188,33 @@ def play_step(
     for name, parameter in model.named_parameters():
         if name in combined:
             parameter.grad = combined[name] / world
+    return losses
+
+
+def forward_of(case: Case, model: nn.Module) -> Callable[[Any], Any]:
+    """Return the forward of a micro-batch; with mixed precision it computes with parameters cast to its dtype.
+
+    The cast is part of the graph, so that gradients come back in the parameters' own dtype. What the model keeps in
+    fp32 under that dtype is not cast.
+    """
+    if not (precision := case.option("mixed_precision")):
+        return lambda batch: model(**batch.inputs)
+    dtype = torch_dtype(precision)
+    kept = adapter.keeps_float32(model, dtype)
+
+    def mixed(batch: Any) -> Any:
+        cast = {name: item if kept(name) else item.to(dtype) for name, item in model.named_parameters()}
+        return torch.func.functional_call(model, cast, kwargs=batch.inputs)
+
+    return mixed
+
+
+def evaluate(model: nn.Module, batches: list[Any]) -> list[float]:
+    """Return the losses of micro-batches in evaluation mode; leaves the model in training mode."""
+    model.eval()
+    with torch.no_grad():
+        losses = [float(model(**batch.inputs).loss) for batch in batches]
+    model.train()
     return losses
 
 
