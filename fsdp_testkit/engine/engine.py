@@ -298,7 +298,7 @@ class Engine:
 
 def same_model(spec: ModelSpec) -> ModelSpec:
     """Return the spec without what differs between the tests of one model."""
-    return replace(spec, tie=None, dropout=0.0)
+    return replace(spec, tie=None, dropout=0.0, adapters=False)
 
 
 def judge_hits(outcomes: list[Outcome], hits: int) -> None:

@@ -43,6 +43,7 @@ def make_batch(
     seed: int,
     batch_size: int = 2,
     length: int = 16,
+    few: int | None = None,
 ) -> Batch:
     """Return the batch of one rank, step and micro-batch: a function of the arguments alone.
 
@@ -59,11 +60,16 @@ def make_batch(
         seed: of the case.
         batch_size: rows.
         length: tokens in each row.
+        few: where given, all of a rank's words of one step are one or two ids, others for each rank and value of
+            ``few``: experts then get tokens on some ranks only.
     """
     generator = torch.Generator().manual_seed(number_from("batch", seed, rank, step, micro))
     words = min(vocabulary(config), rules.FIRST_PLACEHOLDER)
     first = min(rules.FIRST_WORD, words - 2)
     ids = torch.randint(first, words, (batch_size, length), generator=generator)
+    if few is not None:
+        chosen = torch.tensor([(7 * rank + 3 * step + 11 * few + pick) % (words - first) for pick in (0, 5)])
+        ids = first + chosen[ids % 2]
     labels = ids.clone()
     labels[:, 0] = IGNORED
     free = batch_size * (length - 1)

@@ -20,6 +20,7 @@ from torch import nn
 from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.models import adapter, rules
+from fsdp_testkit.models.adapted import adapted
 from fsdp_testkit.models.catalogue import causal_lm_types
 from fsdp_testkit.models.tiny import tiny_config
 
@@ -45,12 +46,12 @@ def resolve(spec: ModelSpec) -> tuple[Any, Any]:
         UsageError: the model type, config or class cannot be found.
     """
     config = _custom_config(spec) if spec.config else tiny_config(spec.model_type, tie=spec.tie, dropout=spec.dropout)
-    if spec.model_class:
-        return config, _imported(spec.model_class)
-    model_class = adapter.causal_lm_class(config)
+    model_class = _imported(spec.model_class) if spec.model_class else adapter.causal_lm_class(config)
     if model_class is None:
         raise UsageError(f"model_type={spec.model_type!r} has no causal-LM class: give model_class='module:QualName'")
-    return adapter.part_for(config, model_class), model_class
+    if not spec.model_class:
+        config = adapter.part_for(config, model_class)
+    return config, adapted(model_class) if spec.adapters else model_class
 
 
 def spec_from_file(path: str | Path, *, tie: bool | None = None, dropout: float = 0.0) -> ModelSpec:

@@ -12,6 +12,8 @@ from torch import nn
 
 #: Modules of this base are repeated blocks (transformers.modeling_layers, public since 4.53).
 _BLOCK_BASE = "GradientCheckpointingLayer"
+#: Part of the names of adapters' parameters, see `fsdp_testkit.models.adapted`.
+ADAPTER = ".adapter_"
 #: Names that final norms usually have; where a model has further norms beside its blocks, these decide.
 FINAL_NORMS = frozenset(
     {"norm", "final_norm", "ln_f", "norm_f", "layernorm", "layer_norm", "final_layernorm", "final_layer_norm"}
@@ -103,7 +105,12 @@ def manual_plan(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def frozen_subset(tree: dict[str, Any]) -> list[str]:
-    """Return the parameters that a case with ``freeze`` freezes: the 1-D ones of the first block."""
+    """Return the parameters that a case with ``freeze`` freezes: the 1-D ones of the first block.
+
+    In a model with adapters these are all but the adapters'.
+    """
+    if any(ADAPTER in name for name in tree["parameters"]):
+        return [name for name in tree["parameters"] if ADAPTER not in name]
     if not tree["blocks"]:
         return []
     prefix = f"{tree['blocks'][0]}."

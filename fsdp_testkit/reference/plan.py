@@ -96,7 +96,7 @@ class Plan:
 
     mode: str = "auto"
     modules: Mapping[str, ModuleOptions] = field(default_factory=dict)
-    options: ModuleOptions = field(default_factory=lambda: ModuleOptions())
+    options: ModuleOptions = field(default_factory=ModuleOptions)
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "manual"):
