@@ -89,7 +89,7 @@ def threads() -> dict[str, tuple[str, ...]]:
 def _speaks(rule: Rule, finding: Finding, view: View) -> bool:
     if rule.at_first and (finding.judged_by != "truth" or finding.step != view.run.first_bad):
         return False
-    text = f"{finding.message}\n{_second_look(view.report)}" if finding.check == "ranks" else finding.message
+    text = f"{finding.message}\n{_errors(view.report)}" if finding.check == "ranks" else finding.message
     if rule.words and not re.search(rule.words, text):
         return False
     return all(MARKS[name].holds(finding, view) for name in rule.marks) and not any(
@@ -97,10 +97,9 @@ def _speaks(rule: Rule, finding: Finding, view: View) -> bool:
     )
 
 
-def _second_look(report: str) -> str:
-    """Return what the run with collective checking said; stacks say where, and are no evidence of a cause."""
-    match = re.search(r"TORCH_DISTRIBUTED_DEBUG=DETAIL:\n((?:  .*\n?)+)", report)
-    return match.group(1) if match else ""
+def _errors(report: str) -> str:
+    """Return the texts of errors in an account; the frames of stacks, which lie deeper, are no evidence of a cause."""
+    return "\n".join(line for line in report.splitlines() if re.match(r"  (\S|tensor at)", line))
 
 
 def _message(first: Finding, names: str) -> str:

@@ -131,17 +131,17 @@ RULES: tuple[Rule, ...] = (
         38, "not wrapped", "structure", "{message}, on {ranks}",
         words="no FSDP unit|belongs to 0 FSDP|not an FSDP unit|not one FSDP unit|does not exist|matches no module",
     ),
-    _rule(39, "not resharded", "reshard", "{message}, on {ranks}"),
+    _rule(38, "not resharded", "reshard", "{message}, on {ranks}"),
+    _rule(
+        39, "trained set changed", "gradients", "{names} on {ranks}: a gradient where the model has none",
+        words="has a gradient", at_first=True,
+    ),
     # the optimizer
     _rule(
         40, "optimizer on other tensors", "optimizer_binding", "{message}, on {ranks}",
         words="not the model's parameters|groups hold other",
     ),
     _rule(42, "trained set changed", "movement", "{message}, on {ranks}", words="moved although"),
-    _rule(
-        43, "trained set changed", "gradients", "{names} on {ranks}: a gradient where the model has none",
-        words="has a gradient", at_first=True,
-    ),
     # gradients, at the first wrong step
     _rule(
         44, "norm of one rank", "gradient_norm", "the norm on {ranks} is that of each rank's own shards: {actual} "
@@ -208,9 +208,9 @@ RULES: tuple[Rule, ...] = (
         marks="mixture", signs="losses right, dropout", at_first=True,
     ),
     _rule(
-        58, "wrong dtype", "losses", "the first losses are off by {error} on {ranks}, as a bf16 rounding inside the "
-        "forward gives, while weights and their dtypes are right",
-        marks="size of bf16", signs="first step, weights right", unless="rounding",
+        58, "wrong dtype", "losses, gradients", "from the first step on, losses or gradients of {names} are off by "
+        "{error} at most on {ranks}, and as much in fp64: something inside the forward is rounded to a narrow dtype",
+        marks="size of bf16", signs="first step, weights right, all at first", unless="rounding", at_first=True,
     ),
     _rule(
         59, "replica diverged", "replicas", "{names} on {ranks} differ from their replica from step {step} on, while "
@@ -229,7 +229,7 @@ RULES: tuple[Rule, ...] = (
     _rule(
         63, "gradient part lost", "gradients", "gradients of {names} on {ranks} are no mixture of the ranks' own ones "
         "({parts_rest} is left beside), while the losses are right: a path is missing",
-        marks="mixture", signs="losses right", at_first=True,
+        marks="mixture", signs="first step, losses right", at_first=True,
     ),
     # resuming
     _rule(64, "state not restored", "restored_optimizer", "{message}, on {ranks}"),
@@ -256,13 +256,16 @@ RULES: tuple[Rule, ...] = (
     ),
     _rule(
         71, "wrong dtype", "ranks", "{failure}",
-        words=r"uniform original parameter dtype|same dtype|metadata.*dtype|dtype.*(mismatch|but got)|"
-        r"recomputed values.*different metadata",
+        words=r"uniform original parameter dtype|same dtype|dtype.*(mismatch|but got)|"
+        r"saved metadata: .*'dtype': (\S+)(?s:.)*recomputed metadata: .*'dtype': (?!\2)",
     ),
     _rule(72, "forward reads other weights", "ranks", "{failure}", words=r"mixed torch\.Tensor and DTensor"),
-    _rule(73, "collective mismatch", "ranks", "{failure}", words="mismatch between collectives|collective mismat|data size doesn't match"),
-    _rule(74, "collective mismatch", "ranks", "{failure}", words="no reply", signs="different collectives"),
-    _rule(75, "rank stuck", "ranks", "{failure}", words="no reply"),
+    _rule(
+        73, "collective mismatch", "ranks", "{failure}",
+        words="mismatch between collectives|collective mismat|data size doesn't match",
+    ),
+    _rule(74, "collective mismatch", "ranks", "{failure}", words="waits in", signs="different collectives"),
+    _rule(75, "rank stuck", "ranks", "{failure}", words="no reply|waits in"),
     _rule(76, "rank died", "ranks", "{failure}"),
     # loads that are right and cost too much
     _rule(

@@ -22,7 +22,6 @@ class RunFacts:
         dtype: of the parameters.
         dropout: whether random numbers matter.
         first_bad: the first step with a wrong loss or gradient, ``None`` where there is none.
-        losses_right: whether all losses of that step are right.
         losses_as: ``initial weights`` or ``first random numbers`` where the losses of that step are those that
             these would give, else ``""``.
         tokens: mean number of valid tokens per rank and micro-batch, by step.
@@ -39,7 +38,6 @@ class RunFacts:
     dtype: str = "float32"
     dropout: bool = False
     first_bad: int | None = None
-    losses_right: bool = False
     losses_as: str = ""
     tokens: dict[int, float] = field(default_factory=dict)
     token_mean: tuple[int, ...] = ()
@@ -77,7 +75,7 @@ def of_run(case: Case, run: list[Evidence], truth: Evidence, parts: Evidence | N
         first_bad: the first step with a wrong loss or gradient.
     """
     layout = case.layout
-    steps = [int(key) for key in truth.facts["tokens"]]
+    steps = [int(key) for key in truth.facts["tokens"] if all(key in evidence.facts["norms"] for evidence in run)]
     return RunFacts(
         world=layout.world_size,
         replicate=layout.replicate,
@@ -85,7 +83,6 @@ def of_run(case: Case, run: list[Evidence], truth: Evidence, parts: Evidence | N
         dtype=case.dtype,
         dropout=case.model.dropout > 0,
         first_bad=first_bad,
-        losses_right=first_bad is not None and _same(_losses(run, first_bad), truth.facts["losses"][str(first_bad)]),
         losses_as=_losses_as(run, parts) if parts is not None else "",
         tokens={step: _mean(truth.facts["tokens"][str(step)]) for step in steps},
         token_mean=tuple(step for step in steps if case.normaliser(step) == "token_mean"),

@@ -107,12 +107,12 @@ def factor(finding: Finding) -> float | None:
     return None
 
 
-def _multiple(finding: Finding, view: View) -> bool:
+def _multiple(finding: Finding, _: View) -> bool:
     found = factor(finding)
     return found is not None and abs(found - 1) > 2 * EVEN
 
 
-def _uneven(finding: Finding, view: View) -> bool:
+def _uneven(finding: Finding, _: View) -> bool:
     parts = _parts(finding)
     return bool(parts) and factor(finding) is None and all(part > PRESENT / 10 for part in parts)
 
@@ -154,15 +154,15 @@ def _all_but_first_rows(finding: Finding, view: View) -> bool:
     return alone and shard > 1 and "of" in detail and detail["rows"] == [-(-detail["of"] // shard), detail["of"] - 1]
 
 
-def _whole_model(finding: Finding, view: View) -> bool:
+def _whole_model(finding: Finding, _: View) -> bool:
     """Whether a load did at least what loading the whole model takes, without gathering it from other ranks."""
     detail = finding.detail
-    own = detail.get("allocated", 0) - detail.get("gathered", 0) - detail.get("shard_bytes", 0)
-    size = detail.get("model_bytes", 0)
-    return size > 0 and (own >= size or detail.get("init_elements", 0) * 4 >= size)
+    size, gathered = detail.get("model_bytes", 0), detail.get("gathered", 0)
+    own = detail.get("allocated", 0) - detail.get("shard_bytes", 0)
+    return 2 * gathered < size and (own >= size or detail.get("init_elements", 0) * 4 >= size)
 
 
-def _size_of_bf16(finding: Finding, view: View) -> bool:
+def _size_of_bf16(finding: Finding, _: View) -> bool:
     error = finding.max_rel_error
     return error is not None and BF16_ERROR[0] <= error <= BF16_ERROR[1]
 
@@ -234,18 +234,28 @@ def _before_anything(picked: list[Finding], view: View) -> bool:
     return view.run.first_bad is None or first < view.run.first_bad
 
 
-def _later_only(picked: list[Finding], view: View) -> bool:
+def _losses_at_first(view: View) -> list[Finding]:
+    return [finding for finding in view.of("losses") if finding.step == view.run.first_bad]
+
+
+def _all_at_first(picked: list[Finding], view: View) -> bool:
+    check, first = picked[0].check, view.run.first_bad
+    mine = [f for f in view.of(check) if f.step == first and f.judged_by == "truth"]
+    return len([finding for finding in picked if finding.step == first]) == len(mine)
+
+
+def _later_only(_: list[Finding], view: View) -> bool:
     """Whether the first step was right in all and what came after is not, with weights that did move."""
     held = view.of("movement", "optimizer_binding", "learning_rate", "initial_weights")
-    return bool(view.run.first_bad) and not view.run.losses_right and not held
+    return bool(view.run.first_bad) and bool(_losses_at_first(view)) and not held
 
 
-def _first_resumed_right(picked: list[Finding], view: View) -> bool:
+def _first_resumed_right(_: list[Finding], view: View) -> bool:
     wrong = view.of("resumed_losses", "resumed_norms", "resumed_gradients")
     return view.run.resumed_at is not None and all(finding.step != view.run.resumed_at for finding in wrong)
 
 
-def _different_collectives(picked: list[Finding], view: View) -> bool:
+def _different_collectives(picked: list[Finding], _: View) -> bool:
     return any(len(set(re.findall(r"waits in (\w+)", finding.message))) > 1 for finding in picked)
 
 
@@ -258,21 +268,22 @@ SIGNS: dict[str, Sign] = {
     "every rank": Sign("on every rank", lambda p, v: len(_ranks(p)) == v.run.world),
     "one replica": Sign("in some replicas only, while another one is right", _one_replica),
     "all": Sign("and this holds for all findings of the check", _all_of_check),
+    "all at first": Sign("and this holds for all findings of the check at the first wrong step", _all_at_first),
     "rounding": Sign("in fp64 the runs agree", _only_rounding),
     "before": Sign("before any loss or gradient is wrong", _before_anything),
     "later": Sign("the first step is right, the weights move, and later losses are wrong", _later_only),
-    "first step": Sign("from the first step on", lambda p, v: v.run.first_bad == 0),
-    "losses right": Sign("the losses of that step are right", lambda p, v: v.run.losses_right),
-    "dropout": Sign("dropout is on", lambda p, v: v.run.dropout),
-    "weights right": Sign("the loaded weights are right", lambda p, v: not v.of("initial_weights")),
+    "first step": Sign("from the first step on", lambda _, v: v.run.first_bad == 0),
+    "losses right": Sign("the losses of that step are right", lambda _, v: not _losses_at_first(v)),
+    "dropout": Sign("dropout is on", lambda _, v: v.run.dropout),
+    "weights right": Sign("the loaded weights are right", lambda _, v: not v.of("initial_weights")),
     "as initial": Sign(
-        "the losses are those of the initial weights", lambda p, v: v.run.losses_as == "initial weights"
+        "the losses are those of the initial weights", lambda _, v: v.run.losses_as == "initial weights"
     ),
     "as first": Sign(
         "the losses are those of the first step's random numbers",
-        lambda p, v: v.run.losses_as == "first random numbers",
+        lambda _, v: v.run.losses_as == "first random numbers",
     ),
-    "norm of shards": Sign("each rank's norm is that of its shards alone", lambda p, v: v.run.norm_of_shards),
+    "norm of shards": Sign("each rank's norm is that of its shards alone", lambda _, v: v.run.norm_of_shards),
     "different collectives": Sign("the ranks wait in different collectives", _different_collectives),
     "first resumed right": Sign("the first losses after resuming are right", _first_resumed_right),
 }

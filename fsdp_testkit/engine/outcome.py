@@ -10,7 +10,7 @@ from typing import Any
 from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.result import Result
-from fsdp_testkit.diagnosis.seen import RunFacts
+from fsdp_testkit.diagnosis import RunFacts, diagnose, of_case
 from fsdp_testkit.engine.work import Run
 
 #: Findings near a cause come first; what follows from them (losses, weights at the end) comes last.
@@ -85,8 +85,15 @@ class Outcome:
             findings=[finding.to_dict() | {"replay": replay} for finding in at_most(findings, per_check=40)],
             extra=self.extra
             | ({"case": json.loads(self.case.to_json())} if self.case is not None else {})
-            | ({"findings_total": len(findings)} if findings else {}),
+            | ({"findings_total": len(findings), "diagnosis": self.diagnosis()} if findings else {}),
         )
+
+    def diagnosis(self) -> list[dict[str, Any]]:
+        """Return the causes that fit what was found, nearest first."""
+        run = self.run_facts or of_case(self.case)
+        report = str(self.extra.get("report", ""))
+        causes = diagnose(self.verdict.findings, run, hints=self.hints, report=report)
+        return [cause.to_dict() for cause in causes]
 
 
 def judged(case: Case, run: Run, check: Callable[[], Verdict]) -> Outcome:

@@ -10,6 +10,8 @@ from typing import Any
 
 from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.result import Result
+from fsdp_testkit.diagnosis import CAUSES as DEFINED
+from fsdp_testkit.diagnosis import nearest
 from fsdp_testkit.engine.engine import Engine, judge_hits
 from fsdp_testkit.engine.tests import FSDP2, HSDP, MAX_NORMS, PROCEDURES, prepare, training
 from fsdp_testkit.engine.work import SpecWork
@@ -32,38 +34,8 @@ MODULES = (
     "bugs_between_ranks",
 )
 
-#: The closed list of causes, each defined by the evidence that shows it.
-CAUSES: dict[str, str] = {
-    "never reduced": "a rank's gradient is its own data's alone",
-    "reduced over the wrong group": "tensors lie on, or sums run over, other ranks than the layout says",
-    "wrong factor": "gradients are a fixed multiple of the right ones",
-    "wrong normaliser": "gradients are off by ratios that change with the number of tokens",
-    "gradient part lost": "a gradient is missing, or lacks a micro-batch or a path",
-    "norm of one rank": "a norm was taken over one rank's shards",
-    "tie lost": "names that shared one parameter have two",
-    "buffer not filled": "a buffer holds memory that nothing wrote, or zeros",
-    "buffer differs between ranks": "a buffer is right on some ranks only",
-    "weight not loaded": "a weight after loading is not what the file holds",
-    "wrong slice": "a shard holds values of another place of the same tensor",
-    "padded rows lost": "the last rows of a tensor that does not divide evenly are wrong",
-    "replica diverged": "ranks that should hold equal bits do not",
-    "trained set changed": "other tensors are parameters, or trainable, than in the model",
-    "optimizer on other tensors": "the optimizer holds objects that are not the model's, or other groups of them",
-    "state not restored": "optimizer or scheduler after a resume are not what was saved",
-    "RNG not restored": "random numbers after a resume or in a recomputation are not those of the plain run",
-    "forward reads other weights": "a forward computes with something else than the gathered, current weights",
-    "wrong dtype": "a tensor is kept, computed or stored in another dtype than declared",
-    "key missing or extra in a file": "a saved folder has other keys or shapes than a single-process save",
-    "not wrapped": "a module is not the FSDP unit that the plan makes it",
-    "wrapped twice": "a parameter belongs to two units, or is taken to",
-    "not resharded": "weights stay gathered, or are freed, against the plan",
-    "memory held": "a load allocates or initialises what the rank does not keep",
-    "switch without effect": "an option is accepted and changes nothing",
-    "collective mismatch": "ranks enter different collectives",
-    "rank died": "one rank raised or died; the others only show it",
-    "rank stuck": "a rank waits for something that never comes",
-    "rounding only": "only the low bits differ: in fp64 the runs agree",
-}
+#: The closed list of causes and the evidence that defines each one.
+CAUSES: dict[str, str] = {name: cause.evidence for name, cause in DEFINED.items()}
 
 #: Bugs without a fault, each with what it would take.
 NOT_REAL: dict[str, str] = {
@@ -130,12 +102,16 @@ class Shown:
         hits: activations of the fault.
         missing: what should have been found and was not; empty when the bug was caught for the right reason.
         found: the findings of the checks that the fault names.
+        diagnosis: the nearest cause over the rows of the fault's own test, or ``""``.
+        diagnosis_right: whether it is the one that the fault expects first.
     """
 
     rows: list[Result]
     hits: int
     missing: list[str]
     found: list[dict[str, Any]]
+    diagnosis: str = ""
+    diagnosis_right: bool = False
 
 
 def runs_of(fault: type[Fault]) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -162,7 +138,14 @@ def show(engine: Engine, fault: type[Fault]) -> Shown:
         seen += found
     if hits <= 0:
         missing.append("the fault was never hit")
-    return Shown(rows, hits, missing, seen)
+    cause = named_cause(rows, fault.test)
+    return Shown(rows, hits, missing, seen, cause, cause == fault.causes[0])
+
+
+def named_cause(rows: list[Result], test: str) -> str:
+    """Return the nearest cause over the rows of one test, ``""`` where none is named."""
+    found = nearest(row.extra.get("diagnosis", []) for row in rows if row.test == test)
+    return str(found["cause"]) if found is not None else ""
 
 
 def wrong_reason(

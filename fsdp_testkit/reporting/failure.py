@@ -13,6 +13,8 @@ from fsdp_testkit.core.result import BAD_OUTCOMES, Result
 SHOWN = 8
 #: Longest expected or actual value that is printed whole.
 _WIDTH = 160
+#: Further causes that are named.
+_CAUSES = 3
 _DISTANCES = ("max_abs_error", "max_rel_error")
 #: Lines of a rank's report that are printed whole.
 _LINES = 60
@@ -78,6 +80,18 @@ def finding_lines(finding: dict[str, Any]) -> list[str]:
     return lines
 
 
+def diagnosis_lines(causes: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the likely cause as lines: what was seen, what to look at, who met it; then the next ones, by name."""
+    if not causes:
+        return []
+    first, *others = causes
+    lines = [f"likely cause: {first['cause']}: {_clip(first['text'], 2 * _WIDTH)}", f"  look at   {first['advice']}"]
+    lines.extend(f"  alike     {thread}" for thread in first["threads"])
+    if others:
+        lines.append(f"  or else   {', '.join(str(other['cause']) for other in others[:_CAUSES])}")
+    return lines
+
+
 def fold_ranks(findings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return findings with those that only the rank tells apart as one, which has them under ``ranks``."""
     folded: dict[str, dict[str, Any]] = {}
@@ -98,8 +112,7 @@ def _row(row: Result, shown: int) -> str:
     said = {str(finding.get("message", "")) for finding in row.findings}
     if row.reason and row.reason not in said:
         lines.extend(f"  {line}" for line in row.reason.splitlines())
-    if diagnosis := row.extra.get("diagnosis"):
-        lines.append(f"  likely cause: {diagnosis}")
+    lines.extend(f"  {line}" for line in diagnosis_lines(row.extra.get("diagnosis", [])))
     folded = fold_ranks(row.findings)
     for number, finding in enumerate(folded[:shown], start=1):
         first, *rest = finding_lines(finding)
@@ -168,6 +181,6 @@ def _verb(rows: Sequence[Result]) -> str:
     return "could not be run" if outcomes == {"error"} else "failed"
 
 
-def _clip(text: str) -> str:
+def _clip(text: str, width: int = _WIDTH) -> str:
     flat = " ".join(text.split())
-    return flat if len(flat) <= _WIDTH else f"{flat[: _WIDTH - 3]}..."
+    return flat if len(flat) <= width else f"{flat[: width - 3]}..."

@@ -30,6 +30,10 @@ def finding(**fields: Any) -> dict[str, Any]:
 
 def test_failure_has_everything() -> None:
     case = {"model": {"model_type": "it's"}}
+    causes = [
+        {"cause": "replica diverged", "text": "w on rank 3", "advice": "Broadcast.", "threads": ["https://a.b/1"]},
+        {"cause": "wrong factor", "text": "", "advice": "", "threads": []},
+    ]
     text = failure_text(
         [
             row("passed"),
@@ -44,14 +48,17 @@ def test_failure_has_everything() -> None:
                         max_rel_error=0.5, tolerance=1e-6, judged_by="ddp", nature="logic",
                     )
                 ],
-                extra={"case": case, "diagnosis": "one replica is not reduced"},
+                extra={"case": case, "diagnosis": causes},
             ),
         ]
     )  # fmt: skip
-    assert text.splitlines()[:9] == [
+    assert text.splitlines()[:12] == [
         "llama: dcp (tied) failed on hsdp(2, 2) with backend reference (1 finding)",
         "  replicas differ",
-        "  likely cause: one replica is not reduced",
+        "  likely cause: replica diverged: w on rank 3",
+        "    look at   Broadcast.",
+        "    alike     https://a.b/1",
+        "    or else   wrong factor",
         "",
         "  1. weights: it differs",
         "     where     rank 3, step 0, w",
