@@ -18,7 +18,7 @@ SCENARIOS = "fsdp_testkit.scenarios"
 #: Files in which a fault tallies its hits; the name is `fsdp_testkit.scenarios.arming.TALLY` (which imports torch).
 TALLY = "fault_hits"
 #: Order in which kinds of jobs are run: what others wait for comes first.
-_ROLES = ("truth", "backend", "claims", "oracle")
+_ROLES = ("truth", "backend", "claims", "oracle", "lone")
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class Order:
         comm: process group that the ranks find.
         name: for reports.
         deadline: seconds.
-        role: ``truth``, ``backend``, ``claims`` or ``oracle``: only jobs of one role share processes, so that
+        role: ``truth``, ``backend``, ``claims``, ``oracle`` or ``lone`` (breaks its group): only jobs of one role share processes, so that
             nothing that the code under test leaves behind reaches those that judge it.
     """
 

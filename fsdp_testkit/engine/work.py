@@ -130,6 +130,8 @@ def role(target: str, case: str) -> str:
         return "truth"
     if target.startswith("structure:"):
         return "claims"
+    if target.startswith("extended_lone:"):
+        return "lone"
     return "oracle" if case and Case.from_json(case).backend == "ddp" else "backend"
 
 

@@ -88,6 +88,9 @@ def play(case: Case, model: nn.Module, before_step: BeforeStep | None = None) ->
     evidence = Evidence(rank=0)
     facts = evidence.facts
     facts["tree"] = tree
+    if precision := case.option("mixed_precision"):
+        kept = adapter.keeps_float32(model, torch_dtype(precision))
+        facts["kept_in_fp32"] = [name for name, _ in model.named_parameters() if kept(name)]
     facts["recomputes"] = bool(getattr(model, "supports_gradient_checkpointing", False))
     facts["parameters"] = observe.observe_parameters(model)
     observe.observe_buffers(model, evidence)
