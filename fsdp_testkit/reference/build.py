@@ -7,7 +7,7 @@ tensor operation it makes on meta is noted, and for a given buffer the few that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 from fsdp_testkit.reference.adapter import (
     TorchDispatchMode,
-    tree_flatten,
-    tree_map_only,
     written_arguments,
 )
 
@@ -31,9 +29,19 @@ class _Call:
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    inputs: list[torch.Tensor]
-    outputs: list[torch.Tensor]
-    written: list[torch.Tensor]
+    result: Any
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        return tensors_in((self.args, self.kwargs))
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        return tensors_in(self.result)
+
+    @property
+    def written(self) -> list[torch.Tensor]:
+        return [*self.outputs, *tensors_in(written_arguments(self.function, self.args, self.kwargs))]
 
 
 class Recorder:
@@ -50,12 +58,10 @@ class Recorder:
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Add one call to the record. Tensors are held, so that their storages' identities stay theirs."""
-        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-        outputs = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
-        written = [*outputs, *tree_flatten(written_arguments(function, args, kwargs))[0]]
-        # a real tensor may be written later in the constructor; what counts is its value now
-        args, kwargs = tree_map_only(torch.Tensor, _freeze, (args, kwargs))
-        self._calls.append(_Call(function, args, kwargs, inputs, outputs, written))
+        if any(not tensor.is_meta for tensor in tensors_in((args, kwargs))):
+            # a real tensor may be written later in the constructor; what counts is its value now
+            args, kwargs = mapped((args, kwargs), _freeze)
+        self._calls.append(_Call(function, args, kwargs, result))
 
     def compute(self, tensor: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the value that ``tensor`` (on meta) would have, by running its history on the CPU.
@@ -81,13 +87,13 @@ class Recorder:
         return _view(tensor, real).clone(memory_format=torch.preserve_format).to(device)
 
     def _replay(self, call: _Call, real: dict[int, torch.Tensor]) -> None:
-        def value(leaf: torch.Tensor) -> torch.Tensor:
-            return _view(leaf, real) if leaf.is_meta else leaf
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+                return _view(leaf, real)
+            return torch.device("cpu") if isinstance(leaf, torch.device) and leaf == META else leaf
 
-        args, kwargs = tree_map_only(torch.Tensor, value, (call.args, call.kwargs))
-        args, kwargs = tree_map_only(torch.device, lambda d: torch.device("cpu") if d == META else d, (args, kwargs))
-        result = call.function(*args, **kwargs)
-        produced = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        result = call.function(*mapped(call.args, value), **mapped(call.kwargs, value))
+        produced = tensors_in(result)
         for output, made in zip(call.outputs, produced, strict=True):
             if output.is_meta and _storage(output) not in real:
                 real[_storage(output)] = _laid_out(made, output)
@@ -119,20 +125,39 @@ class _Mode(TorchDispatchMode):  # type: ignore[misc]  # torch's classes are unt
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_flatten((args, kwargs))[0]
-        has_meta = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves)
         leaves_meta = function is torch.ops.aten._local_scalar_dense.default or any(
-            isinstance(leaf, torch.device) and leaf != META for leaf in leaves
+            isinstance(leaf, torch.device) and leaf != META for leaf in (*args, *kwargs.values())
         )
-        if has_meta and leaves_meta:
+        if leaves_meta and any(tensor.is_meta for tensor in tensors_in((args, kwargs))):
             # the constructor asks for a value (`.item()`, `.to("cpu")`): give it the real one
-            args, kwargs = tree_map_only(
-                torch.Tensor, lambda t: self.recorder.compute(t) if t.is_meta else t, (args, kwargs)
-            )
+            args, kwargs = mapped((args, kwargs), self.real_value)
             return function(*args, **kwargs)
         result = function(*args, **kwargs)
         self.recorder.note(function, args, kwargs, result)
         return result
+
+    def real_value(self, leaf: Any) -> Any:
+        return self.recorder.compute(leaf) if isinstance(leaf, torch.Tensor) and leaf.is_meta else leaf
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested tuples, lists and dicts; operators take and return nothing else."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return nested tuples, lists and dicts with every leaf changed."""
+    if isinstance(value, dict):
+        return {name: mapped(item, change) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(item, change) for item in value)
+    return change(value)
 
 
 def _laid_out(made: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
@@ -149,8 +174,8 @@ def _storage(tensor: torch.Tensor) -> int:
     return identity
 
 
-def _freeze(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.is_meta else tensor.detach().clone()
+def _freeze(leaf: Any) -> Any:
+    return leaf if not isinstance(leaf, torch.Tensor) or leaf.is_meta else leaf.detach().clone()
 
 
 def _view(tensor: torch.Tensor, real: dict[int, torch.Tensor]) -> torch.Tensor:

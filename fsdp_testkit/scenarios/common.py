@@ -50,7 +50,10 @@ def seed_everything(case: Case, rank: int) -> None:
     seed = case.seed * 1009 + rank * 101 + 7
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    if case.layout.device == "cuda":
+        torch.manual_seed(seed)
+    else:  # the same for the CPU, without a visit to every kind of accelerator
+        torch.default_generator.manual_seed(seed)
 
 
 def micro_batches(case: Case, config: Any, model_class: type, *, rank: int, step: int) -> list[MicroBatch]:
