@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import shutil
 import tempfile
@@ -18,8 +19,10 @@ from typing import Any
 
 from fsdp_testkit.core.errors import EnvironmentLacksError, UsageError
 from fsdp_testkit.ranks import load
+from fsdp_testkit.ranks.folders import OwnFolder, remove_orphans
+from fsdp_testkit.ranks.hosts import Hosts, HostsLink
 from fsdp_testkit.ranks.job import MAX_DEADLINE, Job, JobReport
-from fsdp_testkit.ranks.link import ServerLink, open_store
+from fsdp_testkit.ranks.link import Link, ServerLink, Store
 from fsdp_testkit.ranks.run import Run
 from fsdp_testkit.ranks.slots import Slots
 from fsdp_testkit.ranks.verdict import explain
@@ -37,6 +40,15 @@ DEFAULT_PRELOAD = (
 #: Jobs that meet at one store. Their keys stay in it, in this process; a new store gives the memory back.
 STORE_JOBS = 100
 DETAIL = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+#: What to do about errors of the file system that are the machine's and not a job's.
+_ADVICE = {
+    errno.ENOSPC: "free some room there, or set TMPDIR to another folder",
+    errno.EDQUOT: "free some of your quota, or set TMPDIR to another folder",
+    errno.EROFS: "set TMPDIR to a folder that can be written to",
+    errno.EACCES: "set TMPDIR to a folder that can be written to",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    errno.ENFILE: "close some of the files that are open on this machine",
+}
 
 
 class Harness:
@@ -50,9 +62,11 @@ class Harness:
         grace: seconds that the other ranks get after the first failure.
         slots: where each job first waits for as many slots as it has processes; its deadline starts after that.
         scale_deadlines: multiply deadlines on a loaded machine, by at most 5; see `load`.
+        hosts: agents that start the ranks, on other machines or on this one; ``None`` starts them here.
 
     Raises:
         UsageError: a bad argument.
+        EnvironmentLacksError: there is no room for the folder.
     """
 
     def __init__(
@@ -64,6 +78,7 @@ class Harness:
         grace: float = 3.0,
         slots: Slots | None = None,
         scale_deadlines: bool = False,
+        hosts: Hosts | None = None,
     ) -> None:
         if start_method not in ("forkserver", "spawn"):
             raise UsageError(f"start_method={start_method!r} must be 'forkserver' or 'spawn'")
@@ -76,13 +91,20 @@ class Harness:
         self.grace = grace
         self.slots = slots
         self.scale_deadlines = scale_deadlines
+        self.hosts = hosts
         self._cost: tuple[float, float | None] | None = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix="fsdp_testkit-", dir=folder))
+        try:
+            if folder is None:
+                remove_orphans(Path(tempfile.gettempdir()))
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._own = OwnFolder(folder)
+        except OSError as error:
+            raise _no_room(folder or tempfile.gettempdir(), error) from None
+        self.folder = self._own.path
         self._keeps_jobs = folder is not None
-        self._links: dict[str, ServerLink] = {}
-        self._store: tuple[Any, int] | None = None
+        self._links: dict[str, Link] = {}
+        self._store: Store | None = None
         self._store_jobs = 0
         self._lock = threading.Lock()
         self._owner = os.getpid()
@@ -99,7 +121,7 @@ class Harness:
 
         Raises:
             UsageError: the harness is closed, or belongs to another process.
-            EnvironmentLacksError: the rank server cannot be started.
+            EnvironmentLacksError: the rank server cannot be started, or there is no room for the job's folder.
         """
         if self._closed or os.getpid() != self._owner:
             raise UsageError("the harness is closed, or belongs to another process")
@@ -110,7 +132,9 @@ class Harness:
             if hung and explain_hangs and job.comm in ("gloo", "nccl") and job.processes > 1:
                 assert report.failure is not None
                 try:
-                    second = self._run(replace(job, env={**job.env, **DETAIL}), identity, 1)
+                    # It came to this point once; it need not wait as long as the deadline to come there again.
+                    deadline = min(job.deadline, max(2 * job.stall, 3 * report.seconds))
+                    second = self._run(replace(job, env={**job.env, **DETAIL}, deadline=deadline), identity, 1)
                 except BaseException:
                     report.discard()
                     raise
@@ -151,19 +175,7 @@ class Harness:
             return problem
 
     def _run(self, job: Job, identity: str, attempt: int) -> JobReport:
-        link = self._link(job)
-        needs_store = job.comm in ("gloo", "nccl") or job.processes > 1
-        if needs_store:
-            if self._store is None or self._store_jobs >= STORE_JOBS:
-                self._store = None  # the old one ends before the new one begins
-                self._store, self._store_jobs = open_store(), 0
-            self._store_jobs += 1
-        try:
-            link.wait_ready()
-        except EnvironmentLacksError:
-            self._drop_links()
-            raise
-        port = self._store[1] if self._store and needs_store else 0
+        self._ready(job)
         with nullcontext("") if self.slots is None else self.slots.lease(job.processes) as problem:
             if self.scale_deadlines and attempt == 0:
                 self._measure()
@@ -172,32 +184,60 @@ class Harness:
                 seconds = self._cost[1]
                 scale = load.factor(seconds)
             # a measurement that took the server with it has put another in its place
-            link = self._link(job)
-            link.wait_ready()
-            report = self._attempt(
-                replace(job, deadline=min(MAX_DEADLINE, job.deadline * scale)), identity, attempt, link, port
-            )
+            link = self._ready(job)
+            store = self._meet(job, link)
+            scaled = replace(job, deadline=min(MAX_DEADLINE, job.deadline * scale))
+            report = self._attempt(scaled, identity, attempt, link, store)
         if problem:
             report.notes.append(problem)
         if scale > 1 and report.failure is not None and report.failure.kind == "hang":
             report.failure.text = f"{load.remark(job.deadline, scale, seconds)}\n\n{report.failure.text}"
         return report
 
+    def _ready(self, job: Job) -> Link:
+        link = self._link(job)
+        try:
+            link.wait_ready()
+        except BaseException:
+            self._drop_links()
+            raise
+        return link
+
+    def _meet(self, job: Job, link: Link) -> Store | None:
+        if job.comm not in ("gloo", "nccl") and job.processes == 1:
+            return None
+        if self._store is None or self._store_jobs >= STORE_JOBS:
+            self._store = None  # the old one ends before the new one begins
+            try:
+                self._store, self._store_jobs = link.open_store(), 0
+            except BaseException:
+                self._drop_links()
+                raise
+        self._store_jobs += 1
+        return self._store
+
     def _measure(self) -> None:
         now = time.monotonic()
         if self._cost is not None and now - self._cost[0] < load.VALID:
             return
         job = Job(target=load.TARGET, comm="none", deadline=load.LIMIT)
-        report = self._attempt(job, uuid.uuid4().hex[:12], 0, self._link(job), 0)
+        report = self._attempt(job, uuid.uuid4().hex[:12], 0, self._link(job), None)
         value = report.replies[0].value
         self._cost = (now, float(value) if isinstance(value, float) else None)
         report.discard()
 
-    def _attempt(self, job: Job, identity: str, attempt: int, link: ServerLink, port: int) -> JobReport:
+    def _attempt(self, job: Job, identity: str, attempt: int, link: Link, store: Store | None) -> JobReport:
         folder = self.folder / f"{identity}-{attempt}"
-        run = Run(job, identity, attempt, folder, link, port)
+        run = Run(job, identity, attempt, folder, link, store)
         try:
             report = run.execute(self.grace)
+        except OSError as error:  # files, folders, sockets: processes are started elsewhere
+            self._drop_links()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise _no_room(folder, error) from None
+        except UsageError:  # before anything was started
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         except BaseException:  # Ctrl-C above all: nothing may be left behind, whatever interrupted the wait
             self._drop_links()
             shutil.rmtree(folder, ignore_errors=True)
@@ -208,15 +248,20 @@ class Harness:
             self._drop_links(at_once=True)
         return report
 
-    def _link(self, job: Job) -> ServerLink:
+    def _link(self, job: Job) -> Link:
         method = "fork" if self.start_method == "forkserver" and job.device == "cpu" else "spawn"
         if method not in self._links:
             preload = self.preload if method == "fork" else ()
             owned = "" if self._keeps_jobs else str(self.folder)
-            self._links[method] = ServerLink(method, preload, self.folder / f"server-{method}.log", owned)
+            self._links[method] = (
+                ServerLink(method, preload, self.folder / f"server-{method}.log", owned)
+                if self.hosts is None
+                else HostsLink(self.hosts, method, preload, self.folder)
+            )
         return self._links[method]
 
     def _drop_links(self, *, at_once: bool = False) -> None:
+        self._store = None  # it may have been held by one of them
         while self._links:
             self._links.popitem()[1].close(at_once=at_once)
 
@@ -227,7 +272,6 @@ class Harness:
         self._closed = True
         atexit.unregister(self.close)
         self._drop_links()
-        self._store = None
         if self._keeps_jobs:
             for log in self.folder.glob("server-*.log"):
                 log.unlink()
@@ -235,6 +279,7 @@ class Harness:
                 self.folder.rmdir()
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._own.release()
 
     def __enter__(self) -> Harness:
         return self
@@ -243,3 +288,9 @@ class Harness:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _no_room(folder: Path | str, error: OSError) -> EnvironmentLacksError | OSError:
+    if error.errno not in _ADVICE:
+        return error
+    return EnvironmentLacksError(f"jobs cannot have their files in {folder}: {error.strerror}; {_ADVICE[error.errno]}")

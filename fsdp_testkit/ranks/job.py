@@ -41,6 +41,7 @@ class Job:
             replied sleep in collectives, where only another rank could wake them. A number above the deadline
             switches this off, for a test that means to wait for a timeout of its process group.
         min_observations: a rank that returns with fewer calls of ``context.observe`` is a failure.
+        together: ranks are dealt to hosts in blocks of this many consecutive ones, such as the shard axis of HSDP.
 
     Raises:
         UsageError: names the field, its value and what it must be.
@@ -56,6 +57,7 @@ class Job:
     name: str = ""
     stall: float = STALL
     min_observations: int = 1
+    together: int = 1
 
     @property
     def processes(self) -> int:
@@ -80,6 +82,7 @@ class Job:
         for label, count, least in (
             ("world_size", self.world_size, 1),
             ("min_observations", self.min_observations, 0),
+            ("together", self.together, 1),
         ):
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise UsageError(f"{label}={count!r} must be an integer of at least {least}")
@@ -115,6 +118,7 @@ class RankReply:
 
     Attributes:
         rank: global rank.
+        host: name of the machine that it ran on; ``""`` for this one.
         status: ``ok``, ``raised``, ``skipped``, ``died`` (ended without a reply), ``hung`` (no reply at the
             deadline), ``stopped`` (ended by the harness after another rank's failure) or ``lost`` (could not
             be started, or its end could not be observed).
@@ -136,6 +140,7 @@ class RankReply:
     """
 
     rank: int
+    host: str = ""
     status: str
     value: Any = None
     observations: int = 0

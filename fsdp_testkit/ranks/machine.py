@@ -79,7 +79,9 @@ class Dumped:
 
 @dataclass(frozen=True, slots=True)
 class ServerLost:
-    """The server that starts ranks is gone, and all ranks with it."""
+    """The server that starts these ranks is gone, and they with it; all of them where ``None``."""
+
+    ranks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +246,9 @@ def _apply(state: State, event: Event, now: float) -> State:
             return replace(state, phase=Phase.LOOKING, until=min(state.deadline, now + DUMP_LIMIT))
         case Looked(stuck) if state.phase is Phase.LOOKING:
             return _judge_look(state, stuck, now)
-        case ServerLost():
-            for rank, known in enumerate(state.ranks):
-                if known.status == "running":
+        case ServerLost(ranks):
+            for rank in range(len(state.ranks)) if ranks is None else ranks:
+                if state.ranks[rank].status == "running":
                     state = _update(state, rank, status="lost", settled_at=now)
                 state = _update(state, rank, alive=False)
             return state

@@ -138,7 +138,7 @@ class _Reporter:
 def _settle_in(raw: dict[str, Any], rank: int) -> None:
     os.environ.clear()
     os.environ.update(raw["env"])
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(raw["local_ranks"][rank])})
     os.environ.update(raw["job_env"])
     sys.path[:] = raw["path"]
     sys.argv = ["fsdp_testkit-rank"]
@@ -166,7 +166,7 @@ def _join(raw: dict[str, Any], rank: int) -> RankContext:
         else:
             if torch.cuda.device_count() == 0:
                 raise RuntimeError("device='cuda' was asked for, and this rank sees no GPU")
-            index = rank % torch.cuda.device_count()
+            index = raw["local_ranks"][rank] % torch.cuda.device_count()
             torch.cuda.set_device(index)
             device = f"cuda:{index}"
     if raw["store_port"]:
@@ -175,7 +175,9 @@ def _join(raw: dict[str, Any], rank: int) -> RankContext:
         # A forked rank has inherited the level of the server's environment.
         dist.set_debug_level_from_env()
         limit = timedelta(seconds=raw["group_timeout"])
-        client = dist.TCPStore("127.0.0.1", raw["store_port"], is_master=False, wait_for_workers=False, timeout=limit)
+        client = dist.TCPStore(
+            raw["store_host"], raw["store_port"], is_master=False, wait_for_workers=False, timeout=limit
+        )
         store = dist.PrefixStore(f"{raw['job']}/{raw['attempt']}", client)
         if comm in ("gloo", "nccl"):
             own = {"device_id": torch.device(device)} if comm == "nccl" else {}

@@ -15,7 +15,7 @@ from typing import Any
 
 from fsdp_testkit.ranks import machine
 from fsdp_testkit.ranks.job import Job, JobReport, RankReply
-from fsdp_testkit.ranks.link import ServerLink, is_stopped
+from fsdp_testkit.ranks.link import Link, Place, Store, is_stopped
 from fsdp_testkit.ranks.machine import Phase
 from fsdp_testkit.ranks.output import Output
 from fsdp_testkit.ranks.rank import REPLY_LIMIT
@@ -60,13 +60,14 @@ class _Seat:
 class Run:
     """One attempt at a job; `execute` it once, then `close` it."""
 
-    def __init__(self, job: Job, identity: str, attempt: int, folder: Path, link: ServerLink, port: int) -> None:
+    def __init__(self, job: Job, identity: str, attempt: int, folder: Path, link: Link, store: Store | None) -> None:
         self.job = job
         self.identity = identity
         self.attempt = attempt
         self.folder = folder
         self.link = link
-        self.port = port
+        self.store = store
+        self.places: list[Place] = []
         self.notes = list(link.problems)
         self.server_lost = False
         self.seats: list[_Seat] = []
@@ -79,10 +80,13 @@ class Run:
 
     def execute(self, grace: float) -> JobReport:
         """Start the ranks, wait for their end and judge; ``grace`` in seconds."""
-        self.logs.mkdir(parents=True)
+        # The harness's own folder is not made again: one that is gone is an error that has to be seen.
+        self.folder.mkdir()
+        self.logs.mkdir()
+        self.places = self.link.place(self.job.processes, self.job.together)
         begun = time.monotonic()
         self.state = machine.begin(self.job.processes, deadline=self.job.deadline, grace=grace, now=begun)
-        self.selector.register(self.link.socket, selectors.EVENT_READ, None)
+        self.selector.register(self.link, selectors.EVENT_READ, None)
         self._start(begun)
         while self.state.phase is not Phase.DONE:
             wait = min(1.0, self.state.until - time.monotonic())
@@ -113,7 +117,7 @@ class Run:
             seat.output.close()
 
     def _start(self, begun: float) -> None:
-        spec = rank_spec(self.job, self.identity, self.attempt, self.folder, self.logs, self.port, begun)
+        spec = rank_spec(self.job, self.identity, self.attempt, self.folder, self.logs, self.store, begun)
         memory = os.memfd_create("job")  # not on disk: the environment may hold secrets
         try:
             with open(memory, "wb", closefd=False) as file:
@@ -134,14 +138,22 @@ class Run:
             os.close(memory)
 
     def _hear_server(self) -> None:
-        message = self.link.receive()
-        if message is None:
+        messages = self.link.receive()
+        if messages is None:
+            self.selector.unregister(self.link)
+            messages = [{"lost": range(len(self.seats)), "error": "the rank server died, and its ranks with it"}]
+        for message in messages:
+            self._take_message(message)
+
+    def _take_message(self, message: dict[str, Any]) -> None:
+        if "lost" in message:
             self.server_lost = True
-            self.selector.unregister(self.link.socket)
-            for seat in self.seats:
+            for seat in (self.seats[rank] for rank in message["lost"]):
                 self._hear_rank(seat)
-                seat.problem = seat.problem or "the rank server died, and its ranks with it"
-            self._feed(machine.ServerLost())
+                seat.problem = seat.problem or message["error"]
+            self._feed(machine.ServerLost(tuple(message["lost"])))
+        elif "note" in message:
+            self.notes.append(message["note"])
         elif "started" in message:
             seat = self.seats[message["started"]]
             seat.pid = message["pid"]
@@ -152,7 +164,7 @@ class Run:
             seat = self.seats[message["unstarted"]]
             seat.problem = message["error"]
             self._feed(machine.Unstarted(seat.rank))
-        elif message["ended"] in self.pids:
+        elif message.get("ended") in self.pids:
             seat = self.pids.pop(message["ended"])
             self._hear_rank(seat)  # what it sent before it ended comes first
             seat.ended = time.monotonic()
@@ -290,6 +302,7 @@ class Run:
             if seat.output.problem:
                 self.notes.append(f"rank {seat.rank} {seat.output.problem}")
         replies = [self._reply(seat) for seat in self.seats]
+        self._collect(replies)
         times = [
             float(seat.reply.get("at", 0.0)) or self.state.ranks[seat.rank].settled_at or float("inf")
             for seat in self.seats
@@ -305,6 +318,13 @@ class Run:
             skip_reason=replies[0].error if outcome == "skipped" else "",
         )
 
+    def _collect(self, replies: list[RankReply]) -> None:
+        """Bring what the ranks wrote here; a rank whose files did not come has not succeeded."""
+        for host, problem in self.link.collect().items():
+            for reply in replies:
+                if reply.host == host and reply.status == "ok":
+                    reply.status, reply.error = "lost", f"its files did not come: {problem}"
+
     def _reply(self, seat: _Seat) -> RankReply:
         known, sent = self.state.ranks[seat.rank], seat.reply
         log = seat.output.tail(LOG_TAIL)
@@ -316,12 +336,13 @@ class Run:
         elif known.status == "lost":
             error = error or seat.problem
         elif known.status in ("hung", "stopped"):
-            error = place
+            error = place if stack else self.link.silent(seat.rank)
         by_signal = known.code is not None and known.code < 0
         own_signal = by_signal and not known.killed and known.status not in ("hung", "stopped")
         ended = seat.ended or time.monotonic()
         return RankReply(
             rank=seat.rank,
+            host=self.places[seat.rank].host,
             status=known.status,
             value=sent.get("value"),
             observations=sent.get("observations", 0),

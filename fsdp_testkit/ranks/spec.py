@@ -6,9 +6,12 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fsdp_testkit.ranks.job import Job
+
+if TYPE_CHECKING:
+    from fsdp_testkit.ranks.link import Store
 
 #: Ranks share the cores: one thread each. These are read when the libraries are loaded, so the server has them too.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -18,7 +21,7 @@ GROUP_PATIENCE = 30.0
 
 
 def rank_spec(
-    job: Job, identity: str, attempt: int, folder: Path, logs: Path, port: int, begun: float
+    job: Job, identity: str, attempt: int, folder: Path, logs: Path, store: Store | None, begun: float
 ) -> dict[str, Any]:
     """Return what all ranks of one attempt read first.
 
@@ -28,7 +31,7 @@ def rank_spec(
         attempt: 0, or 1 in the run that explains a hang.
         folder: the job's folder.
         logs: folder of its logs and stacks.
-        port: of the store, 0 for none.
+        store: where the ranks meet; ``None`` for none.
         begun: when the job began, on the clock of ``time.monotonic``.
     """
     env = dict(os.environ)
@@ -36,7 +39,7 @@ def rank_spec(
         env |= ONE_THREAD
     else:
         env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
-    if port and (name := _loopback()):
+    if store is not None and (name := _loopback()):
         env["GLOO_SOCKET_IFNAME"] = name
     env |= {"WORLD_SIZE": str(job.world_size), "LOCAL_WORLD_SIZE": str(job.processes)}
     return {
@@ -50,7 +53,9 @@ def rank_spec(
         "deadline": begun + job.deadline,
         # To explain a hang the group has to give up in time: that makes it name the rank that is missing.
         "group_timeout": job.deadline / 2 if attempt else job.deadline + GROUP_PATIENCE,
-        "store_port": port,
+        "store_host": store.host if store is not None else "",
+        "store_port": store.port if store is not None else 0,
+        "local_ranks": list(range(job.processes)),
         "env": env | job.env,
         "job_env": job.env,
         "path": [str(entry) for entry in sys.path],

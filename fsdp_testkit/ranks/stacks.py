@@ -11,7 +11,8 @@ from pathlib import Path
 _CONSEQUENCE = re.compile(
     r"connection (was likely )?closed|connection reset by peer|connection refused|broken pipe|socket closed"
     r"|failed to recv, got 0 bytes|remote process exited|ncclRemoteError|remote rank exited"
-    r"|received errors while waiting for send/recv|connectFullMesh failed",
+    r"|received errors while waiting for send/recv|connectFullMesh failed"
+    r"|connection timed out|no route to host|network is unreachable",
     re.IGNORECASE,
 )
 _FRAME = re.compile(r'^  File "(.+)", line (\d+|\?\?\?) in (.+)$')

@@ -47,36 +47,40 @@ def _cause(
         # A death is noticed a little later than the errors that it causes elsewhere.
         first = min(roots or broken, key=lambda reply: times[reply.rank] - 0.05 * (reply.status == "died"))
         first.consequence = False
-        return _kind(first), first.rank, f"rank {first.rank} of {count} {_deed(first)}"
+        return _kind(first), first.rank, f"{_names([first])} of {count} {_deed(first)}"
     hung = [reply for reply in replies if reply.status == "hung"]
     skipped = [reply for reply in replies if reply.status == "skipped"]
     if hung and not skipped:
         return _hang(job, replies, hung, stalled)
     if skipped:
         lone = skipped[0]
-        others = _names([reply.rank for reply in replies if reply.status != "skipped"])
+        others = _names([reply for reply in replies if reply.status != "skipped"])
         reason = f" ({_line(lone.error)})" if lone.error else ""
         return (
             "lone_skip",
             lone.rank,
-            f"{_names([reply.rank for reply in skipped])} skipped{reason}, {others} did not",
+            f"{_names(skipped)} skipped{reason}, {others} did not",
         )
     found = replies[idle[0]].observations
     made = "no observation" if found == 0 else f"{found} of at least {job.min_observations} observations"
-    return "no_observation", idle[0], f"{_names(idle)} of {count} reported success but made {made}"
+    return (
+        "no_observation",
+        idle[0],
+        f"{_names([replies[rank] for rank in idle])} of {count} reported success but made {made}",
+    )
 
 
 def _hang(job: Job, replies: Sequence[RankReply], hung: list[RankReply], stalled: float) -> tuple[str, int, str]:
     # Who waits in a collective waits for somebody: the rank that is elsewhere is the one to look at.
     elsewhere = [reply for reply in hung if not reply.collective]
-    returned = [reply.rank for reply in replies if reply.status == "ok"]
+    returned = [reply for reply in replies if reply.status == "ok"]
     first = (elsewhere or hung)[0].rank
-    parts = [f"{_names([item.rank])} {_place(item)}" for item in sorted(hung, key=lambda item: item.rank != first)]
+    parts = [f"{_names([item])} {_place(item)}" for item in sorted(hung, key=lambda item: item.rank != first)]
     if returned:
         parts.append(f"{_names(returned)} had returned")
         if not elsewhere:
-            first = returned[0]
-    silent = f"{_names([reply.rank for reply in hung])} of {len(replies)}"
+            first = returned[0].rank
+    silent = f"{_names(hung)} of {len(replies)}"
     how = f"no reply from {silent} within {job.deadline:g} s"
     if stalled:
         how = f"{silent} cannot go on, and stood still for {stalled:.0f} s"
@@ -88,7 +92,7 @@ def _place(reply: RankReply) -> str:
         return f"waits in {reply.collective}" + (f", called in {reply.error}" if reply.error else "")
     if reply.stack:
         return f"is at {reply.error}" if reply.error else "is in Python code of its own"
-    return "wrote no stack"
+    return f"wrote no stack: {reply.error}" if reply.error else "wrote no stack"
 
 
 def _kind(reply: RankReply) -> str:
@@ -133,7 +137,7 @@ def _account(replies: Sequence[RankReply], first: int) -> str:
         mark = " (a consequence of another rank's end)" if lead.consequence else ""
         if lead.rank == first:
             mark = " <- look here first" if len(members) == 1 else f" <- rank {first} first"
-        text = f"{_names([item.rank for item in members])} {_deed(lead)}{mark}"
+        text = f"{_names(members)} {_deed(lead)}{mark}"
         body = _body(lead)
         parts.append(f"{text}\n{indent(body)}" if body else text)
     logs = [f"  rank {reply.rank}: {reply.log}" for reply in replies if reply.log is not None]
@@ -150,16 +154,20 @@ def _body(reply: RankReply) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _names(ranks: Sequence[int]) -> str:
-    """Return ``rank 1`` or ``ranks 0-2, 5``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
+def _names(replies: Sequence[RankReply]) -> str:
+    """Return ``rank 1``, ``ranks 0-2, 5``, or with hosts ``ranks 0-1 (host a), 2 (host b)``."""
+    runs: list[list[RankReply]] = []
+    for reply in sorted(replies, key=lambda item: item.rank):
+        if runs and reply.rank == runs[-1][-1].rank + 1 and reply.host == runs[-1][-1].host:
+            runs[-1].append(reply)
         else:
-            runs.append([rank])
-    spans = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(spans)}"
+            runs.append([reply])
+    spans = [
+        (str(run[0].rank) if len(run) == 1 else f"{run[0].rank}-{run[-1].rank}")
+        + (f" (host {run[0].host})" if run[0].host else "")
+        for run in runs
+    ]
+    return f"rank{'s' if len(replies) > 1 else ''} {', '.join(spans)}"
 
 
 def _line(text: str) -> str:

@@ -11,9 +11,12 @@ import pytest
 
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.ranks import Job, RankReply, pick_comm
+from fsdp_testkit.ranks.link import Store
 from fsdp_testkit.ranks.spec import rank_spec
 from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, threads
 from fsdp_testkit.ranks.verdict import explain, judge
+
+STORE = Store(None, "127.0.0.1", 29500)
 
 CLOSED = "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:35245"
 
@@ -256,7 +259,7 @@ def test_what_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def told(attempt: int = 0, **changes: object) -> dict[str, Any]:
         job = Job(**{"target": "a:b", "world_size": 2, "deadline": 10, **changes})  # type: ignore[arg-type]
-        return json.loads(json.dumps(rank_spec(job, "id", attempt, tmp_path, tmp_path, 29500, 100.0)))
+        return json.loads(json.dumps(rank_spec(job, "id", attempt, tmp_path, tmp_path, STORE, 100.0)))
 
     cpu, cuda = told(), told(device="cuda", comm="nccl", env={"OMP_NUM_THREADS": "3"})
     assert cpu["env"]["OMP_NUM_THREADS"] == "1"
