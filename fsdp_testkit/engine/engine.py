@@ -19,7 +19,8 @@ from fsdp_testkit.core.versions import check_supported
 from fsdp_testkit.engine.catalogue_of_tests import TESTS
 from fsdp_testkit.engine.jobs import Jobs
 from fsdp_testkit.engine.outcome import Outcome
-from fsdp_testkit.engine.tests import PROCEDURES, prepare
+from fsdp_testkit.engine.procedures import PROCEDURES
+from fsdp_testkit.engine.tests import prepare
 from fsdp_testkit.engine.work import OracleFailedError, SpecWork
 from fsdp_testkit.ranks import Harness, Slots
 

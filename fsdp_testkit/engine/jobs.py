@@ -57,8 +57,8 @@ class Order:
         comm: process group that the ranks find.
         name: for reports.
         deadline: seconds.
-        role: ``truth``, ``backend``, ``claims``, ``oracle`` or ``lone`` (breaks its group): only jobs of one role share processes, so that
-            nothing that the code under test leaves behind reaches those that judge it.
+        role: ``truth``, ``backend``, ``claims``, ``oracle`` or ``lone`` (it breaks its group): only jobs of one role
+            share processes, so that nothing that the code under test leaves behind reaches those that judge it.
     """
 
     target: str

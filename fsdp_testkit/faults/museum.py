@@ -13,7 +13,8 @@ from fsdp_testkit.core.result import Result
 from fsdp_testkit.diagnosis import CAUSES as DEFINED
 from fsdp_testkit.diagnosis import nearest
 from fsdp_testkit.engine.engine import Engine, judge_hits
-from fsdp_testkit.engine.tests import FSDP2, HSDP, MAX_NORMS, PROCEDURES, prepare, training
+from fsdp_testkit.engine.procedures import PROCEDURES
+from fsdp_testkit.engine.tests import FSDP2, HSDP, MAX_NORMS, prepare, training
 from fsdp_testkit.engine.work import SpecWork
 from fsdp_testkit.faults.base import Fault
 from fsdp_testkit.faults.bugs import BUGS

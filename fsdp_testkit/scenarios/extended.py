@@ -1,0 +1,137 @@
+"""Training under observation: forwards of blocks, dtypes of computation, reductions, evaluation between steps."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.core.evidence import Evidence
+from fsdp_testkit.scenarios import observe
+from fsdp_testkit.scenarios.arming import armed
+from fsdp_testkit.scenarios.common import Loaded, inner_model, reply, tree_of
+from fsdp_testkit.scenarios.train import copy_inputs, train
+from fsdp_testkit.scenarios.truth import EVALUATION
+
+
+def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
+    """Train as ``train:run`` does.
+
+    Further facts: ``forwards`` (block -> number of forwards in training), ``computed`` (parameter -> dtypes that its
+    module's forward saw), ``collectives`` (operator -> calls), and with the option ``evaluate`` those of `Evaluation`.
+    """
+    parsed = Case.from_json(case)
+    evidence = Evidence(rank=context.rank)
+    with armed(parsed, context) as backend:
+        loaded = Loaded(parsed, backend, Path(checkpoint))
+        evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
+        observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
+        after = Evaluation(loaded, context.rank, evidence).run if parsed.option("evaluate") else None
+        watch_forwards(loaded, evidence)
+        with CollectiveCounter() as counter:
+            train(loaded, context.rank, evidence, range(parsed.steps), after_step=after)
+        evidence.facts["collectives"] = dict(counter.calls)
+    return reply(context, evidence)
+
+
+class CollectiveCounter(TorchDispatchMode):  # type: ignore[misc] # torch is untyped here
+    """Counts the operators that exchange tensors between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def watch_forwards(loaded: Loaded, evidence: Evidence) -> None:
+    """Count forwards of blocks in training mode, and note in which dtypes parameters are when forwards begin."""
+    model = inner_model(loaded.model)
+    forwards: Counter[str] = Counter()
+    computed: dict[str, list[str]] = {}
+    evidence.facts["forwards"], evidence.facts["computed"] = forwards, computed
+
+    def count(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, _: Any) -> None:
+            forwards[name] += module.training
+
+        return hook
+
+    def note(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, _: Any) -> None:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if not isinstance(parameter, DTensor):
+                    seen = computed.setdefault(f"{name}.{leaf}", [])
+                    if (dtype := observe.dtype_name(parameter.dtype)) not in seen:
+                        seen.append(dtype)
+
+        return hook
+
+    for block in tree_of(loaded.case.model)["blocks"]:
+        model.get_submodule(block).register_forward_pre_hook(count(block))
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(note(name))
+
+
+class Evaluation:
+    """Forwards without gradient in evaluation mode, after each step.
+
+    Facts: ``evaluation`` with, for each step, ``losses`` (of each micro-batch) and ``changed`` (names of what is not
+    what it was before: weights, buffers, optimizer state, generators, gradients).
+    """
+
+    def __init__(self, loaded: Loaded, rank: int, evidence: Evidence) -> None:
+        self.loaded, self.rank = loaded, rank
+        self.results: dict[str, dict[str, Any]] = {}
+        evidence.facts["evaluation"] = self.results
+        # names now: after a forward some units may be gathered, and their parameters other objects
+        self.names = observe.canonical_names(loaded.model)
+
+    def run(self, step: int, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        """Evaluate after ``step``."""
+        del scheduler
+        model = self.loaded.model
+        before = self._state(optimizer)
+        model.eval()
+        with torch.no_grad():
+            batches = self.loaded.micro_batches(self.rank, step + EVALUATION)
+            losses = [float(model(**copy_inputs(batch)).loss) for batch in batches]
+        model.train()
+        after = self._state(optimizer)
+        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        self.results[str(step)] = {"losses": losses, "changed": changed}
+
+    def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+        state: dict[str, str] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self.names.get(id(parameter), "unbound")
+                state[name] = digest(parameter)
+                state[f"gradient of {name}"] = "none" if parameter.grad is None else digest(parameter.grad)
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    state[f"{key} of {name}"] = digest(value) if isinstance(value, torch.Tensor) else repr(value)
+        for name, buffer in inner_model(self.loaded.model).named_buffers():
+            state[f"buffer {name}"] = digest(buffer)
+        state["torch's generator"] = digest(torch.get_rng_state())
+        state["python's generator"] = repr(hash(random.getstate()))
+        state["numpy's generator"] = hashlib.blake2b(repr(np.random.get_state()).encode(), digest_size=8).hexdigest()
+        return state
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return a short digest of this rank's part of a tensor."""
+    return hashlib.blake2b(observe.tensor_data(tensor).data, digest_size=8).hexdigest()
