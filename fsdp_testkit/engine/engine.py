@@ -127,7 +127,7 @@ class Engine:
         if variant not in ("untied", "tied", "default"):
             raise UsageError(f"variant={variant!r} must be 'untied', 'tied' or 'default'")
         cell = (test, variant)
-        if (spec, cell) in self._done:
+        if (spec, cell) in self._done and not self.settings.fault:
             return self._done.pop((spec, cell))
         expected = self._expected.pop(spec, [])
         if cell not in expected or self.settings.fault or len(expected) < 2:
@@ -145,7 +145,7 @@ class Engine:
             spec: the model, as `run_test` will get it.
             cells: (test, variant) of each.
         """
-        self._expected[spec] = list(dict.fromkeys(cells))
+        self._expected[spec] = [cell for cell in dict.fromkeys(cells) if (spec, cell) not in self._done]
 
     def _run_together(self, spec: ModelSpec, cells: list[Cell]) -> None:
         together = self.work(self._variant(spec, cells[0][1])).jobs.together

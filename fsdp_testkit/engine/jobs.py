@@ -12,11 +12,13 @@ from typing import Any
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.together import Request, Together
-from fsdp_testkit.ranks import JobFailure, Harness, Job, JobReport
+from fsdp_testkit.ranks import Harness, Job, JobFailure, JobReport
 
 SCENARIOS = "fsdp_testkit.scenarios"
 #: Files in which a fault tallies its hits; the name is `fsdp_testkit.scenarios.arming.TALLY` (which imports torch).
 TALLY = "fault_hits"
+#: Jobs in one batch: what a job leaves in memory stays until the batch ends.
+LARGEST_BATCH = 16
 #: Order in which kinds of jobs are run: what others wait for comes first.
 _ROLES = ("truth", "backend", "claims", "oracle", "lone")
 
@@ -115,7 +117,7 @@ class Jobs:
     @staticmethod
     def _choose(requests: Sequence[Request]) -> list[Request]:
         first = min(request.payload.group for request in requests)
-        return [request for request in requests if request.payload.group == first]
+        return [request for request in requests if request.payload.group == first][:LARGEST_BATCH]
 
     def _run_requests(self, requests: list[Request]) -> None:
         left = list(requests)

@@ -22,6 +22,7 @@ from fsdp_testkit.engine.catalogue_of_tests import TESTS, TIERS, of_tier
 from fsdp_testkit.engine.ledger import Ledger
 from fsdp_testkit.plugin import options as checks
 from fsdp_testkit.plugin import source
+from fsdp_testkit.plugin.company import company
 from fsdp_testkit.plugin.deadline import marked_deadline
 from fsdp_testkit.plugin.lifetime import SESSION
 from fsdp_testkit.plugin.options import EngineOptions
@@ -189,7 +190,7 @@ def _run(test: FSDPTesterMixin, name: str, variant: str) -> None:
         rows = (
             [_impossible(spec.model_type, name, variant, changes.get("backend", kit.options.backend), impossible)]
             if impossible
-            else kit.run(spec, name, variant, **changes)
+            else kit.run(spec, name, variant, together=company(node) if node is not None else (), **changes)
         )
     if node is not None:
         # set, not appended: a retry replaces the rows of the attempt before

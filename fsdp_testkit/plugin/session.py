@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class EngineLike(Protocol):
-    """What the plugin needs of an engine."""
+    """What the plugin needs of an engine. A method ``expect`` as `Engine` has it is used where there is one."""
 
     def run_test(self, spec: ModelSpec, test: str, variant: str) -> list[Result]:
         """Run one test and return its rows."""
@@ -46,18 +46,24 @@ class KitSession:
         self._engine: EngineLike | None = None
         self._made_with: EngineOptions | None = None
 
-    def run(self, spec: ModelSpec, test: str, variant: str, **changes: Any) -> list[Result]:
+    def run(
+        self, spec: ModelSpec, test: str, variant: str, *, together: Sequence[tuple[str, str]] = (), **changes: Any
+    ) -> list[Result]:
         """Run one test of one model; at least one row comes back, whatever happens.
 
         Args:
             spec: the model.
             test: name of the test.
             variant: name of the variant.
+            together: (test, variant) of what will be asked for next, this one included.
             changes: fields of `EngineOptions` in which the test class differs from the session.
         """
         options = replace(self.options, **changes)
         try:
-            rows = self._engine_for(options).run_test(spec, test, variant)
+            engine = self._engine_for(options)
+            if together and (expect := getattr(engine, "expect", None)) is not None:
+                expect(spec, together)
+            rows = engine.run_test(spec, test, variant)
         except Exception as error:  # a broken engine is a row too: every model is accounted for
             row = error_row(spec.model_type, test, variant, options.backend, f"{type(error).__name__}: {error}")
             if not isinstance(error, KitError):
