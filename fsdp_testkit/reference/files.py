@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ class Checkpoint:
         entries: key -> `Entry`.
         problems: what is wrong with the folder as a whole (doubled keys, keys that the index promises).
         bytes_read: bytes of tensor data handed out so far.
+        digest: a number that differs between folders of different headers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,14 +73,19 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         self.problems: list[str] = []
         self.bytes_read = 0
+        self.digest = 0
         self._maps: list[mmap.mmap | None] = []
         self._paths: list[Path] = []
+        self._stamps: list[tuple[int, ...]] = []
         index = _read_index(folder)
         names = sorted(set(index.values())) if index is not None else [SINGLE]
         origin: dict[str, str] = {}
         for number, name in enumerate(names):
             path = folder / name
-            for key, entry in _read_header(path, number).items():
+            entries, stamp, digest = _read_header(path, number)
+            self.digest = zlib.crc32(name.encode(), self.digest ^ digest)
+            self._stamps.append(stamp)
+            for key, entry in entries.items():
                 if key in origin:
                     self.problems.append(f"doubled key {key!r}: in {origin[key]} and in {name}")
                     continue
@@ -89,20 +97,35 @@ class Checkpoint:
             if origin.get(key) != name:
                 self.problems.append(f"missing key {key!r}: the index promises it in {name}")
 
+    def table(self) -> list[Any]:
+        """Return what another process needs to know of the checkpoint without opening it: plain data."""
+        return [[key, str(entry.dtype), list(entry.shape)] for key, entry in self.entries.items()]
+
+    @classmethod
+    def described(cls, folder: Path, table: list[Any]) -> Checkpoint:
+        """Return a checkpoint that is known by its `table` alone: it has keys, dtypes and shapes, and no data."""
+        made = cls.__new__(cls)
+        made.folder, made.problems, made.bytes_read, made.digest = folder, [], 0, 0
+        made.entries = {
+            key: Entry(-1, getattr(torch, dtype.removeprefix("torch.")), tuple(shape), 0, 0)
+            for key, dtype, shape in table
+        }
+        return made
+
     def meta(self, key: str) -> torch.Tensor:
         """Return a meta tensor of the key's dtype and shape."""
         entry = self.entries[key]
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     def rows(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Return rows ``[start, stop)`` of dim 0 as a view of the file's map: copy it, do not write to it."""
+        """Return rows ``[start, stop)`` of dim 0 as a private view of the file's map."""
         entry = self.entries[key]
         row = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
         shape = (stop - start, *entry.shape[1:])
         return self._window(entry, entry.start + start * row, shape)
 
     def full(self, key: str) -> torch.Tensor:
-        """Return the whole tensor, of any number of dims, as a view of the file's map."""
+        """Return the whole tensor, of any number of dims, as a private view of the file's map."""
         entry = self.entries[key]
         return self._window(entry, entry.start, entry.shape)
 
@@ -121,9 +144,16 @@ class Checkpoint:
     def _map(self, number: int) -> mmap.mmap:
         data = self._maps[number]
         if data is None:
-            with self._paths[number].open("rb") as file:
-                # private and writable: torch warns about read-only buffers; nothing ever writes
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            path = self._paths[number]
+            try:
+                with path.open("rb") as file:
+                    # reading a map past the end of its file ends the process: it has to be the file that was checked
+                    if _stamp(file) != self._stamps[number]:
+                        raise LoadError(f"{path} has changed since its header was read")
+                    # private: who writes to a tensor over it writes to a copy of the page
+                    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except OSError as error:
+                raise LoadError(f"{path} cannot be read: {error}") from error
             self._maps[number] = data
         return data
 
@@ -139,9 +169,11 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         reason = f"; {', '.join(pickles[:3])} would have to be unpickled, which is not done" if pickles else ""
         raise LoadError(f"{folder} holds neither {SINGLE} nor {INDEX} nor a DCP .metadata{reason}")
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if path.stat().st_size > MAX_HEADER:
+            raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_HEADER}")
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)["weight_map"]
         items = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(f"{path} is not an index of safetensors files: {error!r}") from None
     if not items:
         raise LoadError(f"{path} names no tensor")
@@ -154,29 +186,37 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return dict(items)
 
 
-def _read_header(path: Path, number: int) -> dict[str, Entry]:
-    """Return the entries of one file, each checked against the file's size."""
+def _stamp(file: Any) -> tuple[int, ...]:
+    """Return what tells an open file from another one, and from what it was."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read_header(path: Path, number: int) -> tuple[dict[str, Entry], tuple[int, ...], int]:
+    """Return (entries of one file, each checked against the file's size; the file's stamp; the header's CRC)."""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            stamp = _stamp(file)
+            size = stamp[2]
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER, size - 8):
                 raise LoadError(f"{path} is truncated or no safetensors file: header of {length} bytes in {size}")
-            header = json.loads(file.read(length), object_pairs_hook=_no_doubles)
+            text = file.read(length)
+        header = json.loads(text, object_pairs_hook=_no_doubles)
         header.pop("__metadata__", None)
         entries = {key: _entry(value, number, 8 + length) for key, value in header.items()}
     except LoadError:
         raise
-    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LoadError(f"{path} has no readable safetensors header: {error!r}") from None
     end = 8 + length
-    for key, entry in sorted(entries.items(), key=lambda item: item[1].start):
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if entry.start != end:
             raise LoadError(f"{path}: {key!r} begins at byte {entry.start}, expected {end} (gap or overlap)")
         end += entry.nbytes
     if end != size:
         raise LoadError(f"{path} is truncated or too long: its header describes {end} bytes, it has {size}")
-    return entries
+    return entries, stamp, zlib.crc32(text)
 
 
 def _entry(value: dict[str, Any], number: int, base: int) -> Entry:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,19 @@ import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fsdp_testkit.reference import adapter, dcp, units
+from fsdp_testkit.reference import adapter, dcp, routes, units
 from fsdp_testkit.reference.build import Recorder
 from fsdp_testkit.reference.errors import LoadError
-from fsdp_testkit.reference.files import Checkpoint
+from fsdp_testkit.reference.origin import Origin, told
 from fsdp_testkit.reference.places import Places
 from fsdp_testkit.reference.plan import Plan
-from fsdp_testkit.reference.weights import GroupReader, WeightMap, match
+from fsdp_testkit.reference.progress import Progress
+from fsdp_testkit.reference.ranks import Ranks
+from fsdp_testkit.reference.stream import Filler
+from fsdp_testkit.reference.weights import WeightMap
 
-SOURCES = ("slices",)
+#: what everybody calls the axis of context parallelism
+CONTEXT = "cp"
 
 
 def load_sharded(
@@ -30,25 +36,38 @@ def load_sharded(
     *,
     model_class: Any = None,
     device: torch.device | str | None = None,
-    source: str = "slices",
+    source: str = "auto",
+    source_scope: str = "replica",
+    zero_copy: bool = True,
+    progress: bool = True,
 ) -> Any:
     """Load a checkpoint folder as a model sharded by FSDP2, in ``eval`` mode as ``from_pretrained`` does.
 
-    The model is built on meta, cut into units, and each rank then reads only the slices it owns; no rank ever
+    The model is built on meta, cut into units, and each rank then gets only the slices it owns; no rank ever
     holds the model, and no parameter is initialised at random. Non-persistent buffers get the values that the
-    model's own constructor computes. No collective is called.
+    model's own constructor computes. Collective over the mesh: what goes wrong on one rank is raised on all.
 
     Args:
         checkpoint: folder with ``config.json`` and safetensors (one file, or several with an index), or a DCP
             folder with ``config.json`` beside ``.metadata``.
-        mesh: device mesh of 1 axis (shard) or 2 axes (replicate, shard), named or not.
+        mesh: device mesh of 1 axis (shard) or 2 axes (replicate, shard), named or not. Under context parallelism
+            the axis that parameters are sharded over is the flattened one: ``mesh["dp", "cp"]._flatten("dp_cp")``.
         plan: what `Plan.parse` takes.
         dtype: floating point dtype of the parameters; the config's if ``None``. Modules that the model keeps
             in fp32 stay so.
         model_class: a transformers model class; the config's first architecture if ``None``.
         device: where parameters and buffers live; the mesh's device if ``None``. Parameters of units with
             ``cpu_offload`` live on the CPU.
-        source: ``"slices"``: every rank reads its own slices.
+        source: ``"slices"``: ranks read the slices they own. ``"rank0"``: one rank reads, converts and sends each
+            other one its slices, tensor by tensor; the others need not see the folder. ``"auto"``: ``slices``
+            where every rank sees the folder, else ``rank0``.
+        source_scope: what a source is one of: ``"replica"``, ``"node"`` or ``"global"``; see `routes`. With the
+            default every replica reads for itself; ``source="slices", source_scope="global"`` reads each byte
+            once in all and sends it along the replicate axis.
+        zero_copy: let parameters on the CPU that have the file's dtype and lie in it as they are be private views of
+            the file's map, which take no memory until they are written to. The folder may be replaced afterwards
+            (`save_sharded` does so); a program that overwrites its files in place changes or breaks such views.
+        progress: show a bar on the mesh's first rank when the load takes longer than a second.
 
     Returns:
         The model; ``isinstance(model, FSDPModule)``.
@@ -56,65 +75,101 @@ def load_sharded(
     Raises:
         LoadError: the folder is unreadable, or its keys do not fit the model; all findings in one error.
         PlanError: the plan is malformed or does not fit the model.
-        ValueError: another argument is not one of those described.
     """
-    plan = Plan.parse(plan)
-    if source not in SOURCES:
-        raise LoadError(f"source={source!r} must be one of {SOURCES}")
     mesh = _named(mesh)
-    folder = _folder(checkpoint)
-    target = _device(mesh, device)
-    config, model_class = _config(folder, model_class)
+    ranks = Ranks(mesh)
+    folder = Path(checkpoint)
+    with ranks.phase() as vote:
+        plan = Plan.parse(plan)
+        routes.check(source, source_scope)
+        target = _device(mesh, device)
+        vote.highest = int(not (folder / "config.json").is_file())
+    route = routes.choose(ranks, source, source_scope, visible=not vote.highest)
+    with contextlib.nullcontext() if route.quiet else told(folder, ranks, route) as heard:
+        with ranks.phase() as vote:
+            origin = heard or Origin.open(folder)
+            vote.same = origin.digest
+            made = _build(origin, mesh, plan, dtype, model_class, target)
+        bar = Progress(made.nbytes(), shown=progress and ranks.rank == int(mesh.mesh.flatten()[0]))
+        try:
+            _fill(made, origin, ranks, route, Filler(made.places, ranks, route, bar, zero_copy=zero_copy))
+        finally:
+            bar.close()
+    return made.model
+
+
+@dataclass(slots=True)
+class _Made:
+    """A sharded model on meta, and what is known of its tensors.
+
+    Attributes:
+        loaded: names of the tensors that the checkpoint gives.
+        spare: the others, on meta, whose values `recorder` can compute.
+    """
+
+    model: Any
+    weights: WeightMap | None
+    loaded: set[str]
+    spare: dict[str, torch.Tensor]
+    recorder: Recorder
+    places: Places
+
+    def nbytes(self) -> int:
+        """Return the bytes that this rank is going to hold of the checkpoint."""
+        return sum(self.places.nbytes(name) for name in self.loaded)
+
+
+def _build(origin: Origin, mesh: Any, plan: Plan, dtype: Any, model_class: Any, device: torch.device) -> _Made:
+    """Build, compare and shard the model on meta; no memory is taken."""
+    config, model_class = _config(origin.small, origin.folder, model_class)
     dtype = _dtype(config, dtype)
-    saved: Checkpoint | dcp.DcpCheckpoint = dcp.DcpCheckpoint(folder) if dcp.is_dcp(folder) else Checkpoint(folder)
     recorder = Recorder()
     with recorder.recording():
         model = adapter.construct(model_class, config, dtype)
     _keep_fp32(model, dtype)
-    if isinstance(saved, dcp.DcpCheckpoint):
-        weights, problems = None, saved.compare(model)
-        loaded = set(saved.names)
-    else:
-        weights = match(saved, model)
-        problems = weights.problems
-        loaded = {name for group in weights.groups for name in group.targets}
+    weights, loaded, problems = origin.fit(model)
     if problems:
-        raise LoadError(f"{folder} does not fit {model_class.__name__}:", problems)
+        raise LoadError(f"{origin.folder} does not fit {model_class.__name__}:", problems)
     cut = units.resolve(plan, model)
     spare = _record_inits(model, recorder, loaded)
     adapter.forget_meshes()
     units.apply(cut, model, mesh)
-    places = Places(model, cut, mesh, target)
-    if weights is None:
-        saved.read(places.allocate(loaded))  # type: ignore[union-attr]  # the DCP branch
-    else:
-        _read_groups(weights, saved, model, places)
-    places.fill_spare(spare, recorder)
-    places.install()
-    _finish(model, folder, weights)
-    return model
+    return _Made(model, weights, loaded, spare, recorder, Places(model, cut, mesh, device))
+
+
+def _fill(made: _Made, origin: Origin, ranks: Ranks, route: routes.Route, filler: Filler) -> None:
+    """Give the model its memory and values."""
+    items = origin.items(made.weights, made.model, made.places, route)
+    whole = isinstance(origin.saved, dcp.DcpCheckpoint) and not route.whole
+    if not route.quiet:
+        with ranks.phase():
+            if whole and route.reads:
+                origin.saved.read(made.places.allocate(made.loaded))
+        filler.fill(items)
+    with ranks.phase():
+        if route.quiet and whole:
+            origin.saved.read(made.places.allocate(made.loaded))
+        elif route.quiet:
+            filler.fill(items)
+        made.places.fill_spare(made.spare, made.recorder)
+        made.places.install()
+        _finish(made.model, origin.small, made.weights)
 
 
 def _named(mesh: Any) -> Any:
     if not isinstance(mesh, DeviceMesh) or mesh.ndim not in (1, 2):
         raise LoadError(f"mesh={mesh!r} must be a DeviceMesh of 1 axis (shard) or 2 axes (replicate, shard)")
+    if mesh.ndim == 2 and CONTEXT in (mesh.mesh_dim_names or ()):
+        raise LoadError(
+            f"mesh={mesh!r} has an axis of context parallelism, over which parameters would not be sharded; "
+            f"flatten it: mesh[{', '.join(map(repr, mesh.mesh_dim_names))}]._flatten()"
+        )
     if mesh.get_coordinate() is None:
         raise LoadError(f"this rank is not part of mesh {mesh}")
     if mesh.ndim == 2 and mesh.mesh_dim_names is None:
         # fully_shard wants names on two axes
         return DeviceMesh(mesh.device_type, mesh.mesh, mesh_dim_names=("replicate", "shard"))
     return mesh
-
-
-def _folder(checkpoint: str | Path) -> Path:
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        raise LoadError(f"checkpoint={str(folder)!r} is not a folder")
-    if not any(folder.iterdir()):
-        raise LoadError(f"checkpoint={str(folder)!r} is an empty folder")
-    if not (folder / "config.json").is_file():
-        raise LoadError(f"{folder} holds no config.json")
-    return folder
 
 
 def _device(mesh: Any, device: torch.device | str | None) -> torch.device:
@@ -126,11 +181,11 @@ def _device(mesh: Any, device: torch.device | str | None) -> torch.device:
     return target
 
 
-def _config(folder: Path, model_class: Any) -> tuple[Any, Any]:
-    """Return (config, model class)."""
+def _config(small: Path, folder: Path, model_class: Any) -> tuple[Any, Any]:
+    """Return (config, model class); ``small`` is where the file is, ``folder`` what it is called."""
     reader = transformers.AutoConfig if model_class is None else model_class.config_class
     try:
-        config = reader.from_pretrained(folder, local_files_only=True)
+        config = reader.from_pretrained(small, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a bad config.json
         raise LoadError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -189,26 +244,6 @@ def _record_inits(model: Any, recorder: Recorder, loaded: set[str]) -> dict[str,
         model.initialize_weights()
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: tensor.detach() for name, tensor in tensors.items() if id(tensor) not in given}
-
-
-def _read_groups(weights: WeightMap, saved: Any, model: Any, places: Places) -> None:
-    filled: dict[int, str] = {}
-    for group in weights.groups:
-        reader = GroupReader(group, saved, model)
-        for name in group.targets:
-            out, start = places.window(name)
-            key = id(places.tensors[name])
-            if key in filled:
-                # both names of a tied parameter are in the file: right only if they agree
-                again = torch.empty_like(out)
-                reader.read_into(again, name, start)
-                if not torch.equal(again, out):
-                    raise LoadError(
-                        f"{name!r} and {filled[key]!r} are tied, but the file holds different values for them"
-                    )
-                continue
-            reader.read_into(out, name, start)
-            filled[key] = name
 
 
 def _finish(model: Any, folder: Path, weights: WeightMap | None) -> None:

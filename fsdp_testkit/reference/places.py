@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,31 +39,65 @@ class Places:
         self.tensors |= dict(model.named_buffers(remove_duplicate=False))
         self.real: dict[int, torch.Tensor] = {}
 
+    @property
+    def shard(self) -> int:
+        """This rank's coordinate on the mesh's shard axis."""
+        return int(self.mesh.get_coordinate()[-1])
+
+    def is_sharded(self, name: str) -> bool:
+        """Return whether ranks hold different rows of the tensor."""
+        return isinstance(self.tensors[name], DTensor)
+
+    def part_of(self, name: str, shard: int) -> tuple[int, tuple[int, ...]]:
+        """Return (first row, shape) of what ranks of coordinate ``shard`` hold; the whole where nothing is sharded."""
+        tensor = self.tensors[name]
+        shape = tuple(tensor.shape)
+        if not isinstance(tensor, DTensor):
+            return 0, shape
+        if tensor.placements[-1] != Shard(0):
+            raise AssertionError(f"{name} has placements {tensor.placements}")
+        # torch.chunk's rule: equal chunks, rounded up, so that the last ones may be short or empty
+        rows = shape[0]
+        chunk = -(-rows // self.mesh.size(self.mesh.ndim - 1))
+        start = min(rows, chunk * shard)
+        return start, (min(chunk, rows - start), *shape[1:])
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of this rank's part."""
+        return math.prod(self.part_of(name, self.shard)[1]) * self.tensors[name].element_size()
+
+    def whole_nbytes(self, name: str) -> int:
+        """Return the bytes of the whole tensor."""
+        return self.tensors[name].numel() * self.tensors[name].element_size()
+
     def window(self, name: str) -> tuple[torch.Tensor, int]:
         """Return (this rank's part of the tensor, uninitialised if new; its first row)."""
         tensor = self.tensors[name]
-        part, start = tensor, 0
-        if isinstance(tensor, DTensor):
-            part = tensor.to_local()
-            if tensor.placements[-1] != Shard(0):
-                raise AssertionError(f"{name} has placements {tensor.placements}")
-            # torch.chunk's rule: equal chunks, rounded up, so that the last ones may be short or empty
-            rows, size = tensor.shape[0], self.mesh.size(self.mesh.ndim - 1)
-            start = min(rows, -(-rows // size) * self.mesh.get_coordinate()[-1])
+        start, shape = self.part_of(name, self.shard)
         if id(tensor) not in self.real:
-            device = torch.device("cpu") if id(tensor) in self.offloaded else self.device
-            self.real[id(tensor)] = empty(part.shape, part.dtype, device)
+            self.real[id(tensor)] = empty(shape, tensor.dtype, self._device_of(tensor))
         return self.real[id(tensor)], start
+
+    def can_adopt(self, name: str, dtype: torch.dtype) -> bool:
+        """Return whether a view of a file's map with values of ``dtype`` can be this rank's part as it is."""
+        tensor = self.tensors[name]
+        return tensor.dtype == dtype and self._device_of(tensor).type == "cpu" and id(tensor) not in self.real
+
+    def adopt(self, name: str, part: torch.Tensor) -> None:
+        """Take ``part`` as this rank's part of the tensor."""
+        self.real[id(self.tensors[name])] = part
 
     def allocate(self, names: set[str]) -> dict[str, torch.Tensor]:
         """Return name -> tensor to be filled: a `DTensor` over this rank's part, or the tensor itself."""
         return {name: self._wrapped(self.tensors[name], self.window(name)[0]) for name in sorted(names)}
 
+    def _device_of(self, tensor: torch.Tensor) -> torch.device:
+        return torch.device("cpu") if id(tensor) in self.offloaded else self.device
+
     def fill_spare(self, spare: dict[str, torch.Tensor], recorder: Recorder) -> None:
         """Compute what no file gave, by the model's own constructor and initialisation."""
         # the same random values, if any, on every rank; the caller's generators stay untouched
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with _seeded():
             for name, recorded in spare.items():
                 out, start = self.window(name)
                 value = recorder.compute(recorded)
@@ -111,3 +147,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed the CPU's generator inside; values are computed there. `torch.manual_seed` visits every accelerator."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)

@@ -29,6 +29,7 @@ class Group:
         sources: (source pattern, key) in the order in which the conversion takes them.
         transform: transformers' converter, or ``None`` when the one key only has another name.
         targets: target name -> shape.
+        dtypes: target name -> dtype in which it comes out of the file.
         strategy: how rows of a target are found: ``plain`` (same rows of the one key), ``aligned`` (same rows
             of every key), ``stacked`` (row i is made of the i-th keys), ``permuted`` (whole rows moved about),
             or ``full`` (convert everything, then slice).
@@ -38,6 +39,7 @@ class Group:
     sources: list[tuple[str, str]] = field(default_factory=list)
     transform: Any = None
     targets: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     strategy: str = "plain"
 
     def convert(self, tensors: list[tuple[str, torch.Tensor]], model: Any) -> dict[str, torch.Tensor]:
@@ -106,7 +108,8 @@ def _untied(model: Any, missing: set[str], found: set[str]) -> set[str]:
 def _shape(group: Group, checkpoint: Checkpoint, model: Any, expected: dict[str, torch.Tensor]) -> Iterator[str]:
     """Fill in the group's targets and strategy, and yield what does not fit."""
     if group.transform is None:
-        group.targets = {group.name: checkpoint.entries[group.sources[0][1]].shape}
+        entry = checkpoint.entries[group.sources[0][1]]
+        group.targets, group.dtypes = {group.name: entry.shape}, {group.name: entry.dtype}
     else:
         tensors = [(pattern, checkpoint.meta(key)) for pattern, key in group.sources]
         try:
@@ -116,6 +119,7 @@ def _shape(group: Group, checkpoint: Checkpoint, model: Any, expected: dict[str,
             yield f"keys {keys}, ... cannot be converted to {group.name!r}: {type(error).__name__}: {error}"
             return
         group.targets = {name: tuple(tensor.shape) for name, tensor in made.items()}
+        group.dtypes = {name: tensor.dtype for name, tensor in made.items()}
         group.strategy = _strategy(group, checkpoint, model)
     for name, shape in group.targets.items():
         if name not in expected:
@@ -179,29 +183,47 @@ class GroupReader:
         Raises:
             LoadError: the conversion made another shape than on meta.
         """
-        group = self.group
         if out.numel() == 0:
             return
-        stop = start + out.shape[0] if out.ndim else 0
+        if self.group.strategy == "permuted":
+            self._permuted(out, target, start, start + out.shape[0])
+        else:
+            out.copy_(self.part(target, start, out.shape))
+
+    def part(self, target: str, start: int, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        """Return rows of ``target`` from ``start`` on in the file's dtype, as a view of the file's map if they lie so.
+
+        Args:
+            target: a name of the group's targets.
+            start: first row.
+            shape: ``(rows, *rest)``, or ``()``.
+
+        Raises:
+            LoadError: the conversion made another shape than on meta.
+        """
+        group = self.group
+        stop = start + shape[0] if shape else 0
         if group.strategy == "plain":
             key = group.sources[0][1]
-            out.copy_(self.checkpoint.rows(key, start, stop) if out.ndim else self.checkpoint.full(key))
-            return
+            return self.checkpoint.rows(key, start, stop) if shape else self.checkpoint.full(key)
+        if 0 in shape:
+            return torch.empty(shape, dtype=group.dtypes[target])
         if group.strategy == "permuted":
-            self._permuted(out, target, start, stop)
-            return
+            made = torch.empty(shape, dtype=group.dtypes[target])
+            self._permuted(made, target, start, stop)
+            return made
         if group.strategy == "full":
             if self._converted is None:
                 sources = [(pattern, self.checkpoint.full(key)) for pattern, key in group.sources]
                 self._converted = group.convert(sources, self.model)
             made = self._converted[target]
-            made = made[start:stop] if out.ndim else made
+            made = made[start:stop] if shape else made
         else:
             picked = list(_pick(group, self.checkpoint, group.strategy, start, stop))
             made = group.convert(picked, self.model)[target]
-        if made.shape != out.shape:
-            raise LoadError(f"{target!r}: converted to {tuple(made.shape)}, expected {tuple(out.shape)}")
-        out.copy_(made)
+        if made.shape != tuple(shape):
+            raise LoadError(f"{target!r}: converted to {tuple(made.shape)}, expected {tuple(shape)}")
+        return made
 
     def _permuted(self, out: torch.Tensor, target: str, start: int, stop: int) -> None:
         """Copy runs of rows, found by converting row numbers in place of rows."""
