@@ -20,6 +20,7 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.errors import EnvironmentLacksError, KitError, UsageError
 from fsdp_testkit.core.result import BAD_OUTCOMES, Result
 from fsdp_testkit.core.versions import KIT_VERSION, check_supported, installed_version
+from fsdp_testkit.ranks.command import add_agent_arguments, run_agent
 from fsdp_testkit.reporting.failure import failure_text, number, title
 from fsdp_testkit.reporting.report import check_target, gpus, merge_reports, read_report, write_report
 
@@ -226,6 +227,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that run them (1)")
     command.add_argument("--json", type=Path, metavar="FILE.json", help="write the scores there")
     command.set_defaults(run=museum)
+
+    command = commands.add_parser("ranks", help="wait for a pytest --fsdp-hosts and start its ranks on this machine")
+    add_agent_arguments(command)
+    command.set_defaults(run=run_agent)
 
     command = commands.add_parser("doctor", help="versions, hardware, limits and a trial run, for bug reports")
     command.set_defaults(run=doctor)

@@ -19,6 +19,7 @@ class TestInfo:
         needs: capabilities without which the test is not applicable.
         summary: one line for lists.
         tier: one of `TIERS`.
+        ranks: of its largest job.
     """
 
     __test__ = False  # pytest must not collect it
@@ -28,10 +29,22 @@ class TestInfo:
     needs: frozenset[str]
     summary: str
     tier: str = "core"
+    ranks: int = 2
+
+
+#: Tests whose largest job has more than two ranks.
+_RANKS = {"hsdp_vs_ddp": 4, "save_load": 3, "dcp": 4, "mesh_shapes": 3, "adapters": 3}
 
 
 def _info(name: str, variants: tuple[str, ...], needs: str, summary: str, tier: str = "core") -> TestInfo:
-    return TestInfo(name=name, variants=variants, needs=frozenset(needs.split()), summary=summary, tier=tier)
+    return TestInfo(
+        name=name,
+        variants=variants,
+        needs=frozenset(needs.split()),
+        summary=summary,
+        tier=tier,
+        ranks=_RANKS.get(name, 2),
+    )
 
 
 def _extended(name: str, variants: tuple[str, ...], needs: str, summary: str) -> TestInfo:

@@ -22,7 +22,7 @@ from fsdp_testkit.engine.outcome import Outcome
 from fsdp_testkit.engine.procedures import PROCEDURES
 from fsdp_testkit.engine.tests import prepare
 from fsdp_testkit.engine.work import OracleFailedError, SpecWork
-from fsdp_testkit.ranks import Harness, Slots
+from fsdp_testkit.ranks import Harness, Hosts, Slots
 
 #: Modules that every rank needs: imported once in the server that ranks are forked from.
 PRELOAD = (
@@ -92,11 +92,13 @@ class Engine:
     Args:
         settings: how tests are run.
         slots: where jobs wait for cores that they share with other processes.
+        hosts: agents that start the ranks; ``None`` starts them on this machine.
     """
 
-    def __init__(self, settings: Settings, slots: Slots | None = None) -> None:
+    def __init__(self, settings: Settings, slots: Slots | None = None, hosts: Hosts | None = None) -> None:
         self.settings = settings
         self._slots = slots
+        self._hosts = hosts
         self._harness: Harness | None = None
         self._folder: Path | None = None
         self._works: dict[ModelSpec, SpecWork] = {}
@@ -280,7 +282,11 @@ class Engine:
             check_supported()
             # the harness's own folder goes also where this process is killed
             self._harness = Harness(
-                start_method=self.settings.start_method, preload=PRELOAD, slots=self._slots, scale_deadlines=True
+                start_method=self.settings.start_method,
+                preload=PRELOAD,
+                slots=self._slots,
+                scale_deadlines=True,
+                hosts=self._hosts,
             )
             self._jobs = Jobs(self._harness)
             self._folder = self._harness.folder / "models"

@@ -89,6 +89,8 @@ class Order:
             world_size=self.layout.world_size,
             device=self.layout.device,
             comm=self.comm,
+            # the shard axis of HSDP stays inside a host: it has the traffic of every layer
+            together=self.layout.shard if self.layout.kind == "hsdp" else 1,
             deadline=deadline,
             name=self.name,
         )
@@ -144,6 +146,7 @@ class Jobs:
             target="batch:run",
             args={"parts": [{"target": f"{SCENARIOS}.{o.target}", "args": o.args} for o in orders]},
             name=f"{first.name} and {len(orders) - 1} more",
+            layout=next((order.layout for order in orders if order.layout.kind == "hsdp"), first.layout),
         )
         # a batch takes longer than one job, and is never the last word on a hang
         report = self.harness.run(whole.job(first.deadline * (1 + (len(orders) - 1) / 4)), explain_hangs=False)

@@ -9,6 +9,7 @@ import pytest
 PARTS = (
     "options",
     "slots",
+    "hosts",
     "deadline",
     "ranks_marker",
     "lifetime",

@@ -8,6 +8,7 @@ import pytest
 
 from fsdp_testkit.engine.ledger import Ledger
 from fsdp_testkit.plugin import hooks
+from fsdp_testkit.plugin.hosts import session_hosts
 from fsdp_testkit.plugin.options import RUN_OPTIONS, EngineOptions, is_worker, usage_errors
 from fsdp_testkit.plugin.session import EngineLike, KitSession, own_engine
 from fsdp_testkit.plugin.slots import session_slots
@@ -43,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_fsdp_make_engine(config: pytest.Config, options: EngineOptions) -> EngineLike:
     """Make the kit's own engine where no conftest brings another."""
-    return own_engine(options, session_slots(config))
+    return own_engine(options, session_slots(config), session_hosts(config))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -45,6 +45,8 @@ class RunOptions:
         models: models of the matrix; ``None`` where the user chose none.
         report: where the JSON report goes.
         ledgers: files with known failures.
+        hosts: addresses of agents that start the ranks; none starts them on this machine.
+        secret_file: holds the secret that is shared with the agents.
         slots: ranks that run at the same time over all workers: ``none``, ``cores`` or a number.
         tier: ``core`` or ``extended``.
     """
@@ -54,6 +56,8 @@ class RunOptions:
     report: Path | None = None
     ledgers: tuple[Path, ...] = ()
     slots: str = "none"
+    hosts: tuple[str, ...] = ()
+    secret_file: Path | None = None
     tier: str = "core"
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,6 +82,8 @@ _TEXT_OPTIONS: dict[str, tuple[str, str]] = {
     "device": ("NAME", "cpu or cuda (default cpu)"),
     "start-method": ("NAME", "forkserver or spawn (default forkserver; spawn with cuda)"),
     "slots": ("N", "ranks at the same time over all xdist workers: a number, cores or none (default none)"),
+    "hosts": ("A,B", "machines that start the ranks, where python -m fsdp_testkit ranks is running: host[:port],..."),
+    "secret-file": ("FILE", "holds the secret shared with --fsdp-hosts (else in FSDP_TESTKIT_SECRET_FILE or _SECRET)"),
     "fault": ("module:Class", "arm a fault: the checks have to find it"),
 }
 
@@ -146,6 +152,8 @@ def read_options(config: pytest.Config) -> RunOptions:
         ),
         models=_models(text("models")),
         slots=_slots(text("slots") or "none"),
+        hosts=tuple(filter(None, (text("hosts") or "").replace(" ", "").split(","))),
+        secret_file=here / given if (given := text("secret-file")) else None,
         tier=choice("--fsdp-tier", text("tier") or "core", TIERS),
         report=here / report if report is not None else (root / ini_report if ini_report else None),
         ledgers=(

@@ -23,6 +23,7 @@ import pytest
 
 from fsdp_testkit.core.errors import KitError, UsageError
 from fsdp_testkit.plugin.deadline import marked_deadline
+from fsdp_testkit.plugin.hosts import session_hosts
 from fsdp_testkit.plugin.options import RUN_OPTIONS
 from fsdp_testkit.plugin.rank_subtests import report_subtests
 from fsdp_testkit.plugin.slots import session_slots
@@ -220,7 +221,11 @@ def _harness(config: pytest.Config) -> Harness:
     if _HARNESS not in config.stash:
         method = config.stash[RUN_OPTIONS].engine.start_method
         config.stash[_HARNESS] = made = Harness(
-            start_method=method, preload=PRELOAD, slots=session_slots(config), scale_deadlines=True
+            start_method=method,
+            preload=PRELOAD,
+            slots=session_slots(config),
+            scale_deadlines=True,
+            hosts=session_hosts(config),
         )
         config.add_cleanup(made.close)
     return config.stash[_HARNESS]

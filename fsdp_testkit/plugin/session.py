@@ -16,7 +16,7 @@ from fsdp_testkit.plugin.options import EngineOptions
 
 if TYPE_CHECKING:
     from fsdp_testkit.core.case import ModelSpec
-    from fsdp_testkit.ranks import Slots
+    from fsdp_testkit.ranks import Hosts, Slots
 
 
 class EngineLike(Protocol):
@@ -87,8 +87,8 @@ class KitSession:
         return self._engine
 
 
-def own_engine(options: EngineOptions, slots: Slots | None = None) -> EngineLike:
-    """Return the kit's own engine, whose jobs wait for ``slots``.
+def own_engine(options: EngineOptions, slots: Slots | None = None, hosts: Hosts | None = None) -> EngineLike:
+    """Return the kit's own engine, whose jobs wait for ``slots`` and run on ``hosts``.
 
     Raises:
         EnvironmentLacksError: torch or transformers is missing, or outside the versions that were run.
@@ -107,6 +107,7 @@ def own_engine(options: EngineOptions, slots: Slots | None = None) -> EngineLike
             fault=options.fault,
         ),
         slots,
+        hosts,
     )
 
 

@@ -9,6 +9,7 @@ with Harness() as harness:
 """
 
 from fsdp_testkit.ranks.harness import DEFAULT_PRELOAD, Harness
+from fsdp_testkit.ranks.hosts import Hosts
 from fsdp_testkit.ranks.job import Job, JobFailure, JobReport, RankReply, pick_comm
 from fsdp_testkit.ranks.rank import RankContext
 from fsdp_testkit.ranks.slots import LeasedSlots, SlotBroker, Slots, cores
@@ -16,6 +17,7 @@ from fsdp_testkit.ranks.slots import LeasedSlots, SlotBroker, Slots, cores
 __all__ = [
     "DEFAULT_PRELOAD",
     "Harness",
+    "Hosts",
     "Job",
     "JobFailure",
     "JobReport",

@@ -18,13 +18,14 @@ from types import TracebackType
 from typing import Any
 
 from fsdp_testkit.core.errors import EnvironmentLacksError, UsageError
-from fsdp_testkit.ranks import load
+from fsdp_testkit.ranks import load, recorder
 from fsdp_testkit.ranks.folders import OwnFolder, remove_orphans
 from fsdp_testkit.ranks.hosts import Hosts, HostsLink
 from fsdp_testkit.ranks.job import MAX_DEADLINE, Job, JobReport
 from fsdp_testkit.ranks.link import Link, ServerLink, Store
 from fsdp_testkit.ranks.run import Run
 from fsdp_testkit.ranks.slots import Slots
+from fsdp_testkit.ranks.spec import DETAIL
 from fsdp_testkit.ranks.verdict import explain
 
 #: What the rank server imports once, so that ranks do not have to. A module that is missing is noted.
@@ -39,7 +40,6 @@ DEFAULT_PRELOAD = (
 )
 #: Jobs that meet at one store. Their keys stay in it, in this process; a new store gives the memory back.
 STORE_JOBS = 100
-DETAIL = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
 #: What to do about errors of the file system that are the machine's and not a job's.
 _ADVICE = {
     errno.ENOSPC: "free some room there, or set TMPDIR to another folder",
@@ -116,8 +116,8 @@ class Harness:
 
         Args:
             job: what to run.
-            explain_hangs: run a hung job once more, with ``TORCH_DISTRIBUTED_DEBUG=DETAIL``, and attach what
-                that says to the failure.
+            explain_hangs: run a hung job once more, with its collectives recorded, and attach to the failure
+                which of them do not match.
 
         Raises:
             UsageError: the harness is closed, or belongs to another process.
@@ -132,15 +132,28 @@ class Harness:
             if hung and explain_hangs and job.comm in ("gloo", "nccl") and job.processes > 1:
                 assert report.failure is not None
                 try:
-                    # It came to this point once; it need not wait as long as the deadline to come there again.
-                    deadline = min(job.deadline, max(2 * job.stall, 3 * report.seconds))
-                    second = self._run(replace(job, env={**job.env, **DETAIL}, deadline=deadline), identity, 1)
+                    report.failure.explanation = self._explain(job, identity, report)
                 except BaseException:
                     report.discard()
                     raise
-                report.failure.explanation = explain(second.replies, second.failure)
-                second.discard()
             return report
+
+    def _explain(self, job: Job, identity: str, report: JobReport) -> str:
+        """Say which collectives of a job that hung do not match."""
+        if said := recorder.mismatch(recorder.read(report.folder / "logs", job.processes)):
+            return said  # NCCL's are always recorded
+        recorded = recorder.available()
+        env = job.env if recorded else {**job.env, **DETAIL}
+        # It came to this point once; it need not wait as long as the deadline to come there again.
+        deadline = min(job.deadline, max(2 * job.stall, 3 * report.seconds))
+        second = self._run(replace(job, env=env, deadline=deadline), identity, 1)
+        said = ""
+        if second.failure is not None and second.failure.kind == "hang":
+            places = {reply.rank: reply.error for reply in second.replies if reply.collective}
+            said = recorder.mismatch(recorder.read(second.folder / "logs", job.processes), places)
+        second.discard()
+        how = "its collectives recorded" if recorded else "TORCH_DISTRIBUTED_DEBUG=DETAIL"
+        return f"run again with {how}: {said or explain(second.replies, second.failure)}"
 
     def warm(self, target: str, args: dict[str, Any], *, limit: float = 60.0) -> str:
         """Run ``package.module:function(**args)`` once where CPU ranks are forked from, before the next job.

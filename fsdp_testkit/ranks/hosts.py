@@ -350,13 +350,15 @@ class HostsLink:
         else:
             self._send(agent, {"start": rank, "spec": spec})
 
-    def _changed(self, spec: dict[str, Any]) -> dict[str, str | None]:
+    def _changed(self, spec: dict[str, Any]) -> dict[str, Any]:
         """Return what the job and this session change in the environment: the rest is each host's own."""
-        now: dict[str, str] = spec["env"]
-        changes: dict[str, str | None] = {name: value for name, value in now.items() if self.env.get(name) != value}
+        now = spec["env"]
+        changes: dict[str, Any] = {name: value for name, value in now.items() if self.env.get(name) != value}
         changes |= dict.fromkeys(name for name in self.env if name not in now)
         changes.pop("GLOO_SOCKET_IFNAME", None)  # this machine's
-        return changes | {"WORLD_SIZE": str(spec["world_size"])} | spec["job_env"]
+        changes["WORLD_SIZE"] = str(spec["world_size"])
+        changes.update(spec["job_env"])
+        return changes
 
     def _pipe(self, rank: int, file: int) -> _Pipe:
         copy = os.dup(file)

@@ -166,7 +166,7 @@ class JobFailure:
         first_rank: the rank to look at first: the root cause as far as it can be told.
         summary: one line that stands alone.
         text: the full account; see `render`.
-        explanation: what the second run with collective checking said about a hang, or ``""``.
+        explanation: which collectives of a job that hung do not match, or ``""``.
     """
 
     kind: str
@@ -179,7 +179,7 @@ class JobFailure:
         """Return the whole account: root cause first, then the other ranks, then where the logs are."""
         parts = [self.summary, self.text]
         if self.explanation:
-            parts.insert(1, f"run again with TORCH_DISTRIBUTED_DEBUG=DETAIL:\n{indent(self.explanation)}")
+            parts.insert(1, self.explanation)
         return "\n\n".join(part for part in parts if part)
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+from fsdp_testkit.ranks import recorder
+
 #: Bytes of a reply. Evidence belongs in files in `RankContext.folder`.
 REPLY_LIMIT = 1 << 20
 TEXT_LIMIT = 60_000
@@ -76,6 +78,8 @@ def main(rank: int, channel: int, spec: int) -> NoReturn:
     try:
         _settle_in(raw, rank)
         context = _join(raw, rank)
+        if raw["recorded"] and context.comm == "gloo":
+            recorder.keep_dumping(Path(raw["logs"]), rank)
         function: Any = _find(raw["target"])
         reporter.ready = time.monotonic() - started
         value = function(context, **raw["args"])
@@ -139,6 +143,9 @@ def _settle_in(raw: dict[str, Any], rank: int) -> None:
     os.environ.clear()
     os.environ.update(raw["env"])
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(raw["local_ranks"][rank])})
+    if raw["recorded"]:
+        for name, value in recorder.environment(Path(raw["logs"]), raw["comm"]).items():
+            os.environ.setdefault(name, value)
     os.environ.update(raw["job_env"])
     sys.path[:] = raw["path"]
     sys.argv = ["fsdp_testkit-rank"]

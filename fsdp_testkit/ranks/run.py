@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fsdp_testkit.ranks import machine
+from fsdp_testkit.ranks import machine, recorder
 from fsdp_testkit.ranks.job import Job, JobReport, RankReply
 from fsdp_testkit.ranks.link import Link, Place, Store, is_stopped
 from fsdp_testkit.ranks.machine import Phase
 from fsdp_testkit.ranks.output import Output
 from fsdp_testkit.ranks.rank import REPLY_LIMIT
-from fsdp_testkit.ranks.spec import rank_spec
+from fsdp_testkit.ranks.spec import checks_collectives, rank_spec
 from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, tail, waits_for_others
 from fsdp_testkit.ranks.stillness import Stillness, sleeps
 from fsdp_testkit.ranks.verdict import judge
@@ -261,6 +261,8 @@ class Run:
             with contextlib.suppress(OSError):
                 os.truncate(seat.stack, 0)  # of a look before this one
             seat.stack_size = -1
+            if self.job.comm == "nccl":
+                recorder.ask_nccl(self.logs, seat.rank)
             self.link.signal(seat.pid, signal.SIGUSR1)
             if is_stopped(seat.pid):
                 self.notes.append(f"rank {seat.rank} was in the stopped state (SIGSTOP); continued for its stack")
@@ -270,7 +272,8 @@ class Run:
         """Tell whether ranks could be waiting for each other without an end before the deadline."""
         soon = self.state.deadline - time.monotonic() <= self.stall
         grouped = self.job.comm in ("gloo", "nccl") and self.job.processes > 1
-        return self.state.phase is Phase.RUNNING and grouped and self.attempt == 0 and not soon
+        checked = checks_collectives(self.job, self.attempt)
+        return self.state.phase is Phase.RUNNING and grouped and not checked and not soon
 
     def _look_for_life(self) -> None:
         now = time.monotonic()

@@ -15,6 +15,10 @@ _CONSEQUENCE = re.compile(
     r"|connection timed out|no route to host|network is unreachable",
     re.IGNORECASE,
 )
+#: Texts of a process group that gave up waiting. Collected from NCCL's watchdog and gloo.
+_TIMEOUT = re.compile(
+    r"watchdog caught collective operation timeout|timed out waiting \d+ ?ms|wait timeout after \d+ ?ms", re.IGNORECASE
+)
 _FRAME = re.compile(r'^  File "(.+)", line (\d+|\?\?\?) in (.+)$')
 _WRAPPERS = frozenset({"wrapper", "inner", "decorate_context", "_fn", "func_wrapper", "__call__"})
 _C10D = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
@@ -37,6 +41,11 @@ class Frame:
 def is_consequence(text: str) -> bool:
     """Tell whether an error text says that another rank went away."""
     return _CONSEQUENCE.search(text) is not None
+
+
+def is_timeout(text: str) -> bool:
+    """Tell whether an error text says that a process group gave up waiting."""
+    return _TIMEOUT.search(text) is not None
 
 
 def threads(stack: str) -> list[list[Frame]]:
@@ -75,12 +84,12 @@ def waits_for_others(stack: str) -> bool:
     """Tell whether only another rank can wake this one.
 
     So it is when the thread that answered is in a collective, and no other thread is in anybody's own code: all that
-    is left of them are idle workers, which wait in the standard library, or threads that wait in torch themselves.
+    is left are idle workers, which wait in the standard library, and threads of torch's or of this package's.
     """
     every = threads(stack)
     if not every or not _collective(every[0]):
         return False
-    return all(_is_torch(frames[0]) or _is_stdlib(frames[0]) for frames in every[1:])
+    return all(_is_torch(frames[0]) or _is_stdlib(frames[0]) or _is_own(frames[0]) for frames in every[1:])
 
 
 def _collective(frames: list[Frame]) -> str:

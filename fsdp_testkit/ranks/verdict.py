@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from fsdp_testkit.ranks.job import Job, JobFailure, RankReply, indent
-from fsdp_testkit.ranks.stacks import own_part
+from fsdp_testkit.ranks.stacks import is_timeout, own_part
 
 _BROKEN = ("raised", "died", "lost")
 #: Lines of a rank's output that a report shows; the rest is in its log.
@@ -43,6 +43,9 @@ def _cause(
     count = len(replies)
     broken = [reply for reply in replies if reply.status in _BROKEN]
     roots = [reply for reply in broken if not reply.consequence]
+    late = [reply for reply in roots if is_timeout(reply.error)]
+    if late and len(late) == len(roots):
+        return _gave_up(replies, late)
     if broken:
         # A death is noticed a little later than the errors that it causes elsewhere.
         first = min(roots or broken, key=lambda reply: times[reply.rank] - 0.05 * (reply.status == "died"))
@@ -68,6 +71,17 @@ def _cause(
         idle[0],
         f"{_names([replies[rank] for rank in idle])} of {count} reported success but made {made}",
     )
+
+
+def _gave_up(replies: Sequence[RankReply], late: list[RankReply]) -> tuple[str, int, str]:
+    """Judge a hang that the process group noticed itself: who waited is known, and is not to blame."""
+    waited = {reply.rank for reply in late}
+    others = [item for item in replies if item.rank not in waited and not item.consequence]
+    elsewhere = [item for item in others if not item.collective]
+    first = (elsewhere or others or late)[0]
+    parts = [f"{_names([item.rank])} {_deed(item)}" for item in others]
+    names = f"{_names(sorted(waited))} of {len(replies)}"
+    return "hang", first.rank, "; ".join([f"{names} gave up waiting: {_line(late[0].error)}", *parts])
 
 
 def _hang(job: Job, replies: Sequence[RankReply], hung: list[RankReply], stalled: float) -> tuple[str, int, str]:
