@@ -134,7 +134,7 @@ def _as_unclipped(finding: Finding, view: View) -> bool:
 
 
 def _shard_start(finding: Finding, view: View) -> int:
-    rows = -(-finding.detail["of"] // view.run.shard)
+    rows = -(-int(finding.detail["of"]) // view.run.shard)
     return rows * ((finding.rank or 0) % view.run.shard)
 
 
@@ -159,7 +159,7 @@ def _whole_model(finding: Finding, _: View) -> bool:
     detail = finding.detail
     size, gathered = detail.get("model_bytes", 0), detail.get("gathered", 0)
     own = detail.get("allocated", 0) - detail.get("shard_bytes", 0)
-    return 2 * gathered < size and (own >= size or detail.get("init_elements", 0) * 4 >= size)
+    return bool(2 * gathered < size and (own >= size or detail.get("init_elements", 0) * 4 >= size))
 
 
 def _size_of_bf16(finding: Finding, _: View) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 from fsdp_testkit.checks.buffers import check_buffers, check_dtypes
 from fsdp_testkit.checks.parts import explain_gradients, first_bad_step
 from fsdp_testkit.checks.structure import check_ties
@@ -15,10 +17,20 @@ from fsdp_testkit.engine.work import SpecWork, truth_case
 
 
 def look_closer(outcome: Outcome, work: SpecWork, case: Case, run: list[Evidence], truth: Evidence) -> None:
-    """Where a run is red, look at what its own test does not judge, and at what wrong gradients are made of."""
-    findings = outcome.verdict.findings
-    if not findings:
+    """Where a run is red, look at what its own test does not judge, and at what wrong gradients are made of.
+
+    What goes wrong here must not cost the findings: it is noted as ``diagnosis_error``.
+    """
+    if not outcome.verdict.findings:
         return
+    try:
+        _look(outcome, work, case, run, truth)
+    except Exception:
+        outcome.extra["diagnosis_error"] = traceback.format_exc()
+
+
+def _look(outcome: Outcome, work: SpecWork, case: Case, run: list[Evidence], truth: Evidence) -> None:
+    findings = outcome.verdict.findings
     outcome.hints = hints(run, truth)
     step = first_bad_step(findings)
     parts = None if step is None else parts_of(work, case, step)
