@@ -46,6 +46,7 @@ PRELOAD = (
     "fsdp_testkit.scenarios.resume",
     "fsdp_testkit.scenarios.meta",
     "fsdp_testkit.scenarios.structure",
+    "fsdp_testkit.scenarios.parts",
     "fsdp_testkit.backends.reference",
     "fsdp_testkit.backends.ddp",
 )

@@ -126,7 +126,7 @@ class SpecWork:
 
 def role(target: str, case: str) -> str:
     """Return whose code a job runs: truth's, the DDP oracle's, or that of the backend under test."""
-    if target.startswith("truth:"):
+    if target.startswith(("truth:", "parts:")):
         return "truth"
     if target.startswith("structure:"):
         return "claims"
