@@ -28,6 +28,16 @@ _SHORT = {
     "hsdp_vs_ddp": "hsdp",
     "save_load": "save",
     "meta_init": "meta",
+    "accumulation": "accum",
+    "mesh_shapes": "mesh",
+    "adapters": "adapt",
+    "checkpointing": "ckpt",
+    "evaluation": "eval",
+    "mixed_precision": "mixed",
+    "cpu_offload": "offl",
+    "idle_experts": "idle",
+    "repeated_saving": "again",
+    "lone_save": "lone",
 }
 _VARIANTS = ("untied", "tied", "default")
 
