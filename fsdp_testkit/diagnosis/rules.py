@@ -75,6 +75,7 @@ RULES: tuple[Rule, ...] = (
     _rule(22, "trained set changed", "structure, dtypes", "{message}, on {ranks}", words="requires_grad="),
     _rule(23, "trained set changed", "buffers", "{message}, on {ranks}: a parameter, or gone", words="names changed"),
     _rule(24, "wrong dtype", "dtypes, buffers", "{names}: {actual} instead of {expected} on {ranks}", marks="dtype"),
+    _rule(24, "wrong dtype", "precision", "{message}, on {ranks}"),
     _rule(25, "wrong dtype", "files", "{names}: stored as {actual} instead of {expected}", marks="dtype"),
     _rule(
         26, "wrong dtype", "initial_weights, buffers, reload", "{names}: the right values, rounded to bf16, on {ranks}",
@@ -267,10 +268,15 @@ RULES: tuple[Rule, ...] = (
     _rule(74, "collective mismatch", "ranks", "{failure}", words="waits in", signs="different collectives"),
     _rule(75, "rank stuck", "ranks", "{failure}", words="no reply|waits in"),
     _rule(76, "rank died", "ranks", "{failure}"),
-    # loads that are right and cost too much
+    # switches, and what is right and costs too much
+    _rule(
+        78, "switch without effect", "reductions", "{message}, on {ranks}: switching the reduction off changes nothing",
+    ),
+    _rule(78, "switch without effect", "recomputation, guard", "{message}, on {ranks}"),
     _rule(
         80, "switch without effect", "meta_init", "{message}: what loading the whole model takes, on {ranks}",
         marks="whole model", signs="every rank",
     ),
     _rule(82, "memory held", "meta_init", "{message}, on {ranks}", words="allocated|init calls"),
+    _rule(82, "memory held", "traffic, growth", "{message}, on {ranks}"),
 )  # fmt: skip
