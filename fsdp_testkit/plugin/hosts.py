@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
+from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.engine.catalogue_of_tests import TESTS
 from fsdp_testkit.plugin.items import CELL
 from fsdp_testkit.plugin.options import RUN_OPTIONS, usage_errors
+from fsdp_testkit.plugin.torchrun import serve_or_lead
 from fsdp_testkit.ranks import Hosts
+from fsdp_testkit.ranks.meet import Torchrun
 from fsdp_testkit.ranks.wire import read_secret
 
 HOSTS = pytest.StashKey[Hosts]()
@@ -34,15 +38,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if config.option.collectonly or not (wanted := _largest(session.items)):
         return
-    if (hosts := session_hosts(config)) is None:
-        return
-    ranks, item = max(wanted, key=lambda entry: entry[0])
     with usage_errors():
-        room = hosts.room()
-    there = sum(count for _, count in room)
+        outer = Torchrun.read(os.environ)
+        if (hosts := session_hosts(config)) is not None:
+            room = hosts.room()
+            names = ", ".join(dict.fromkeys(name for name, _ in room))
+            _check(wanted, sum(count for _, count in room), names)
+        elif outer is not None:
+            _check(wanted, outer.world_size, "torchrun's processes")
+            config.stash[HOSTS] = serve_or_lead(config, outer)
+
+
+def _check(wanted: list[tuple[int, pytest.Item]], there: int, whose: str) -> None:
+    ranks, item = max(wanted, key=lambda entry: entry[0])
     if ranks > there:
-        names = ", ".join(dict.fromkeys(name for name, _ in room))
-        raise pytest.UsageError(f"fsdp_testkit: {item.nodeid} needs {ranks} ranks; {names} have {there} together")
+        raise UsageError(f"{item.nodeid} needs {ranks} ranks, and {whose} have {there}")
 
 
 def _largest(items: list[pytest.Item]) -> list[tuple[int, pytest.Item]]:

@@ -47,6 +47,7 @@ class RunOptions:
         ledgers: files with known failures.
         hosts: addresses of agents that start the ranks; none starts them on this machine.
         secret_file: holds the secret that is shared with the agents.
+        beyond_loopback: ranks that torchrun has started may listen where other machines reach them.
         slots: ranks that run at the same time over all workers: ``none``, ``cores`` or a number.
         tier: ``core`` or ``extended``.
     """
@@ -58,6 +59,7 @@ class RunOptions:
     slots: str = "none"
     hosts: tuple[str, ...] = ()
     secret_file: Path | None = None
+    beyond_loopback: bool = False
     tier: str = "core"
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,6 +96,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, (metavar, text) in _TEXT_OPTIONS.items():
         group.addoption(f"--fsdp-{name}", dest=_dest(name), metavar=metavar, default=None, help=text)
         parser.addini(_dest(name), text, type="string", default="")
+    text = "with torchrun on several machines: listen beyond loopback; docs/more-than-one-machine.md has the risks"
+    group.addoption("--fsdp-beyond-loopback", dest="fsdp_beyond_loopback", action="store_true", help=text)
     text = "file with known failures (TOML); may be given several times, and adds to the ini key fsdp_ledger"
     group.addoption("--fsdp-ledger", dest="fsdp_ledger", metavar="FILE", action="append", default=None, help=text)
     parser.addini("fsdp_ledger", text, type="paths", default=[])
@@ -151,6 +155,7 @@ def read_options(config: pytest.Config) -> RunOptions:
             fault=text("fault") or "",
         ),
         models=_models(text("models")),
+        beyond_loopback=config.getoption("fsdp_beyond_loopback"),
         slots=_slots(text("slots") or "none"),
         hosts=tuple(filter(None, (text("hosts") or "").replace(" ", "").split(","))),
         secret_file=here / given if (given := text("secret-file")) else None,

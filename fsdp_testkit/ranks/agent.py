@@ -92,6 +92,23 @@ def resolve(name: str) -> str:
     return str(found[0][4][0])
 
 
+def address_towards(name: str) -> str:
+    """Return this machine's address on the way to another one; no packet is sent.
+
+    Raises:
+        UsageError: there is no way, or it is the loopback.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((resolve(name), 9))
+        except OSError as error:
+            raise UsageError(f"there is no way to {name!r}: {reason(error)}") from None
+        own = str(probe.getsockname()[0])
+    if is_loopback(own):
+        raise UsageError(f"{name!r} is this machine's loopback; name it by an address that the other machines reach")
+    return own
+
+
 def is_loopback(address: str) -> bool:
     """Tell whether only this machine can reach an address."""
     return ipaddress.ip_address(address).is_loopback

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fsdp_testkit.core.errors import UsageError
-from fsdp_testkit.ranks.agent import DEFAULT_PORT, Agent, AgentOptions
+from fsdp_testkit.ranks.agent import DEFAULT_PORT, Agent, AgentOptions, address_towards
 from fsdp_testkit.ranks.hosts import parse_address
+from fsdp_testkit.ranks.meet import Torchrun, meet
 from fsdp_testkit.ranks.wire import SECRET_FILE_VARIABLE, SECRET_VARIABLE, read_secret
 
 #: Where launchers write the number of a process on its machine, and how many there are.
@@ -38,6 +41,8 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"holds the secret shared with pytest (else in {SECRET_FILE_VARIABLE} or {SECRET_VARIABLE})",
     )
     parser.add_argument("--ranks", default="1", metavar="N", help="ranks of a job that this process starts (1)")
+    # for `torchrun -m pytest`: find each other, serve one session and end
+    parser.add_argument("--join", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--name", default="", help="of this machine, in reports (its host name)")
 
 
@@ -50,6 +55,8 @@ def run_agent(arguments: argparse.Namespace) -> int:
     """
     if not arguments.ranks.isascii() or not arguments.ranks.isdigit():
         raise UsageError(f"--ranks={arguments.ranks!r} must be an integer of at least 1")
+    if arguments.join:
+        return _join(arguments)
     address, port = parse_address(arguments.listen)
     options = AgentOptions(
         address=address,
@@ -69,9 +76,40 @@ def run_agent(arguments: argparse.Namespace) -> int:
         file=sys.stderr,
         flush=True,
     )
+    _serve(agent)
+    return 0
+
+
+def _join(arguments: argparse.Namespace) -> int:
+    outer = Torchrun.read(os.environ)
+    if outer is None:
+        raise UsageError("--join is for processes that torchrun has started")
+    # Nobody knows this secret: the right one may come with the answer of rank 0.
+    options = AgentOptions(
+        address="127.0.0.1" if outer.one_machine else address_towards(outer.address),
+        port=0,
+        beyond_loopback=not outer.one_machine,
+        secret=secrets.token_bytes(32),
+        name=arguments.name,
+        until_released=True,
+    )
+    agent = Agent(options)
+    file = meet("follow", f"{agent.address}:{agent.port}")
+    agent.options = replace(agent.options, secret=_own_file(file) if file else read_secret(arguments.secret_file))
+    _serve(agent)
+    return 0
+
+
+def _own_file(path: str) -> bytes:
+    """Read a secret whose file was named by somebody else: it must be this user's."""
+    if Path(path).stat().st_uid != os.getuid():
+        raise UsageError(f"the secret file {path} belongs to another user")
+    return read_secret(path)
+
+
+def _serve(agent: Agent) -> None:
     launcher = os.getppid() if "LOCAL_RANK" in os.environ else 0
     agent.serve(ended=lambda: launcher not in (0, os.getppid()))
-    return 0
 
 
 def _number(names: tuple[str, ...], default: int) -> int:

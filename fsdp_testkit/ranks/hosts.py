@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,23 @@ class Hosts:
                     waiting.extend((address[0], port) for port in hello["siblings"])
         self.agents = found
         return found
+
+    def hold(self) -> Callable[[], None]:
+        """Keep all agents for this session: they end once the function that comes back is called, or this process ends.
+
+        Raises:
+            EnvironmentLacksError, UsageError: see `find`.
+        """
+        end = time.monotonic() + FIRST_PATIENCE
+        wires = [greet(address, self.secret, end)[0] for address, _, _ in self.find()]
+        for wire in wires:
+            wire.send({"hold": True})
+
+        def release() -> None:
+            for wire in wires:
+                wire.close()
+
+        return release
 
     def room(self) -> list[tuple[str, int]]:
         """Return host's name and number of ranks of each agent; see `find`."""
