@@ -15,6 +15,8 @@ from fsdp_testkit.core.evidence import Array
 CLOSE = 1e-3
 #: Largest relative step between neighbours in bfloat16: 8 bits of mantissa, one of them implied.
 BF16_STEP = 2.0**-8
+#: Rows, and places of a row, that are tried at most: a large tensor is not searched through for a diagnosis.
+SAMPLE = 64
 
 
 def signature(actual: Array, expected: Array, *, full: Array | None = None, first: int = 0) -> dict[str, Any]:
@@ -78,20 +80,31 @@ def _fits_bf16(values: Array) -> bool:
 
 
 def _moved(left: Array, wrong: Array, full: Array) -> float:
-    """Return the share of wrong rows (vectors along the last dim) that occur anywhere in ``full``.
+    """Return the share of wrong rows (vectors along the last dim) that occur anywhere in ``full``; `SAMPLE` are tried.
 
     Rows of zeros are no evidence of a place and are left out; so are one-dimensional tensors, where a row is one
     number, unless the whole part occurs as it is.
     """
     if full.ndim == 1:
         size = left.shape[0]
-        found = any(np.array_equal(left, full[at : at + size]) for at in range(full.shape[0] - size + 1))
-        return float(found and size > 1 and len(np.unique(left)) > 1)
-    known = {row.tobytes() for row in np.ascontiguousarray(full.reshape(-1, full.shape[-1]))}
-    vectors = np.ascontiguousarray(left.reshape(-1, left.shape[-1]))
-    picked = wrong.reshape(-1, left.shape[-1]).any(axis=1) & vectors.any(axis=1)
-    rows = vectors[picked]
-    return float(np.mean([row.tobytes() in known for row in rows])) if len(rows) else 0.0
+        if len(np.unique(left[:SAMPLE])) < 2 or size > full.shape[0]:
+            return 0.0
+        starts = np.flatnonzero(full[: full.shape[0] - size + 1] == left[0])[:SAMPLE]
+        return float(any(np.array_equal(left, full[at : at + size]) for at in starts))
+    width = left.shape[-1]
+    known = full.reshape(-1, width)
+    vectors = left.reshape(-1, width)
+    picked = vectors[wrong.reshape(-1, width).any(axis=1) & vectors.any(axis=1)]
+    if not len(picked):
+        return 0.0
+    tried = picked[:: -(-len(picked) // SAMPLE)]
+    return float(np.mean([_occurs(row, known) for row in tried]))
+
+
+def _occurs(row: Array, known: Array) -> bool:
+    """Whether a vector is one of the rows of ``known``."""
+    same = np.flatnonzero(known[:, 0] == row[0])[:SAMPLE]
+    return bool((known[same] == row).all(axis=1).any())
 
 
 def _round(value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from fsdp_testkit.core.finding import Finding
 from fsdp_testkit.diagnosis import CAUSES, RunFacts, diagnose, nearest
-from fsdp_testkit.diagnosis.confusion import PAIRS, confusion_lines, share
+from fsdp_testkit.diagnosis.confusion import PAIRS, confusion_lines, from_score, share
 from fsdp_testkit.diagnosis.diagnose import fields, threads
 from fsdp_testkit.diagnosis.page import page
 from fsdp_testkit.diagnosis.rules import RULES, Rule
@@ -101,3 +102,13 @@ def test_confusion_counts_what_was_named_instead() -> None:
     assert all(left in CAUSES and right in CAUSES for left, right in PAIRS)
     with pytest.raises(ValueError, match="no bug"):
         share([])
+
+
+def test_pairs_are_read_from_the_score_of_the_museum() -> None:
+    score = {
+        "faults": [
+            {"expected": ["tie lost", "never reduced"], "diagnosis": "tie lost", "diagnosis_right": True},
+            {"expected": [], "diagnosis": "", "diagnosis_right": None},
+        ]
+    }
+    assert from_score(json.dumps(score)) == [("tie lost", "tie lost")]
