@@ -29,7 +29,8 @@ class TransformersBackend(TrainingLoop):
     """``from_pretrained(distributed_config=...)``, ``save_pretrained``, DCP and optimizer helpers of transformers."""
 
     name = "transformers"
-    capabilities: frozenset[str] = CAPABILITIES
+    # transformers pins offloaded memory always, for which torch needs an accelerator
+    capabilities: frozenset[str] = CAPABILITIES - (set() if torch.accelerator.is_available() else {"cpu_offload"})
 
     def load(
         self,
@@ -47,7 +48,7 @@ class TransformersBackend(TrainingLoop):
             EnvironmentLacksError: accelerate is not installed; transformers loads through a device map, which needs it.
         """
         require_accelerate()
-        self.reduce_each = features.reduce_each
+        self.reduce_each, self.refuse_nonfinite = features.reduce_each, features.refuse_nonfinite
         from transformers.distributed import DistributedConfig
 
         config = DistributedConfig(

@@ -118,6 +118,15 @@ TESTS: dict[str, TestInfo] = {
         _extended("idle_experts", DEFAULT, "auto_plan", "experts that get tokens on some ranks only"),
         _extended("repeated_saving", DEFAULT, "safetensors", "six saves and loads in one process: no drift, no growth"),
         _extended("lone_save", DEFAULT, "safetensors", "a save that one rank alone calls works or is refused"),
+        _extended(
+            "two_forwards",
+            DEFAULT,
+            "manual_plan reshard_per_module activation_checkpointing",
+            "two forwards before each backward, with nested units and recomputation",
+        ),
+        _extended(
+            "nonfinite_guard", DEFAULT, "auto_plan nonfinite_guard", "NaN in one rank's gradient: every rank refuses it"
+        ),
     )
 }
 

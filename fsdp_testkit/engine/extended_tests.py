@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fsdp_testkit.checks import extended as checks
 from fsdp_testkit.checks.saving import check_loading_info, check_reload, trained_weights
+from fsdp_testkit.checks.steps import check_guard
 from fsdp_testkit.checks.training import check_batches, check_initial, check_movement, check_training
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.finding import Verdict
@@ -77,7 +78,7 @@ def checkpointing(engine: Engine, work: SpecWork) -> list[Outcome]:
     case = case.with_options(activation_checkpointing=True)
     outcome = trained(work, case)
     if not (run := watched(work, case)).failure:
-        outcome.verdict.add(checks.check_recomputed(run.get(), case))
+        outcome.verdict.add(checks.check_recomputed(run.get()))
     return [outcome]
 
 
@@ -97,7 +98,7 @@ def mixed_precision(engine: Engine, work: SpecWork) -> list[Outcome]:
     truth = work.truth(case)
     run = watched(work, case)
     # DDP has no public mixed precision of this kind: truth alone judges, with the bounds of the computing dtype
-    loose = replace(case, dtype="bfloat16")
+    loose = case
     return [
         judged(
             case,
@@ -168,6 +169,22 @@ def lone_save(engine: Engine, work: SpecWork) -> list[Outcome]:
     return [outcome]
 
 
+def two_forwards(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """Two forwards before each backward, with nested units and activation checkpointing: the gradients of both."""
+    fields = {"plan": "manual", "steps": 2, "micro_batches": 2, "max_norms": ALWAYS}
+    case = engine.case(work, "two_forwards", FSDP2, **fields)
+    if work.truth(case).facts["recomputes"]:
+        case = case.with_options(activation_checkpointing=True)
+    return [trained(work, case, "extended_steps:together")]
+
+
+def nonfinite_guard(engine: Engine, work: SpecWork) -> list[Outcome]:
+    """A gradient that is not finite on one rank: every rank refuses the step."""
+    case = auto_case(engine, work, "nonfinite_guard").with_options(refuse_nonfinite=True)
+    run = watched(work, case, "extended_steps:guard")
+    return [judged(case, run, lambda: check_guard(run.get()))]
+
+
 EXTENDED: dict[str, Callable[[Engine, SpecWork], list[Outcome]]] = {
     "accumulation": accumulation,
     "mesh_shapes": mesh_shapes,
@@ -179,6 +196,8 @@ EXTENDED: dict[str, Callable[[Engine, SpecWork], list[Outcome]]] = {
     "idle_experts": idle_experts,
     "repeated_saving": repeated_saving,
     "lone_save": lone_save,
+    "two_forwards": two_forwards,
+    "nonfinite_guard": nonfinite_guard,
 }
 
 

@@ -19,7 +19,7 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import Loaded, inner_model, reply, tree_of
+from fsdp_testkit.scenarios.common import Loaded, inner_model, reply
 from fsdp_testkit.scenarios.train import copy_inputs, train
 from fsdp_testkit.scenarios.truth import EVALUATION
 
@@ -27,8 +27,9 @@ from fsdp_testkit.scenarios.truth import EVALUATION
 def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     """Train as ``train:run`` does.
 
-    Further facts: ``forwards`` (block -> number of forwards in training), ``computed`` (parameter -> dtypes that its
-    module's forward saw), ``collectives`` (operator -> calls), and with the option ``evaluate`` those of `Evaluation`.
+    Further facts: ``forwards`` (module -> number of forwards in training, in evaluation), ``computed`` (parameter ->
+    dtypes that its module's forward saw), ``collectives`` (operator -> calls), and with the option ``evaluate`` those
+    of `Evaluation`.
     """
     parsed = Case.from_json(case)
     evidence = Evidence(rank=context.rank)
@@ -58,20 +59,16 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[misc] # torch is unt
 
 
 def watch_forwards(loaded: Loaded, evidence: Evidence) -> None:
-    """Count forwards of blocks in training mode, and note in which dtypes parameters are when forwards begin."""
-    model = inner_model(loaded.model)
-    forwards: Counter[str] = Counter()
+    """Count forwards of modules that hold parameters, and note in which dtypes these are when a forward begins."""
+    forwards: dict[str, list[int]] = {}
     computed: dict[str, list[str]] = {}
     evidence.facts["forwards"], evidence.facts["computed"] = forwards, computed
 
-    def count(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, _: Any) -> None:
-            forwards[name] += module.training
+    def hook_of(name: str) -> Callable[[nn.Module, Any], None]:
+        counts = forwards[name] = [0, 0]
 
-        return hook
-
-    def note(name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, _: Any) -> None:
+            counts[0 if module.training else 1] += 1
             for leaf, parameter in module.named_parameters(recurse=False):
                 if not isinstance(parameter, DTensor):
                     seen = computed.setdefault(f"{name}.{leaf}", [])
@@ -80,11 +77,9 @@ def watch_forwards(loaded: Loaded, evidence: Evidence) -> None:
 
         return hook
 
-    for block in tree_of(loaded.case.model)["blocks"]:
-        model.get_submodule(block).register_forward_pre_hook(count(block))
-    for name, module in model.named_modules():
+    for name, module in inner_model(loaded.model).named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            module.register_forward_pre_hook(note(name))
+            module.register_forward_pre_hook(hook_of(name))
 
 
 class Evaluation:
@@ -114,6 +109,9 @@ class Evaluation:
         after = self._state(optimizer)
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         self.results[str(step)] = {"losses": losses, "changed": changed}
+        if step + 1 == self.loaded.case.steps:
+            # what follows reads the sharded parameters; in between, training has to cope with gathered units
+            observe.reshard_all(model)
 
     def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, str]:
         state: dict[str, str] = {}

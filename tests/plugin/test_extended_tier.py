@@ -63,7 +63,7 @@ def test_ini_key_with_workers(matrix: Project) -> None:
     result.assert_outcomes(passed=2 * len(ALL_METHODS))
 
 
-def test_plain_unittest_has_the_tier_of_its_class(project: Project) -> None:
+def test_plain_unittest_has_the_tier_of_its_class() -> None:
     body = MINE.format(bases="FSDPTesterMixin, unittest.TestCase", more="fsdp_tier = 'extended'")
     names = "print(sorted(n for n in unittest.defaultTestLoader.getTestCaseNames(TestLlama)))"
     done = subprocess.run(
