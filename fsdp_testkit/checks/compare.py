@@ -91,12 +91,7 @@ def compare(
         return 0.0
     wide = np.result_type(got.dtype, expected.dtype, np.float64)
     left, right = got.astype(wide), expected.astype(wide)
-    nonfinite = int((~np.isfinite(left)).sum()) - int((~np.isfinite(right)).sum())
-    with np.errstate(invalid="ignore"):
-        difference = np.where(left == right, 0.0, np.abs(left - right))
-    error = float(np.nanmax(difference)) if not np.isnan(difference).all() else math.inf
-    if nonfinite > 0:
-        error = math.inf
+    error, difference, nonfinite = _largest(left, right)
     size = float(np.nanmax(np.abs(right))) if scale is None else scale()
     relative = error / size if size > 0 else (math.inf if error else 0.0)
     if math.isfinite(relative):
@@ -120,6 +115,19 @@ def compare(
             )
         )
     return relative
+
+
+def _largest(left: Array, right: Array) -> tuple[float, Array, int]:
+    """Return (largest difference, all of them, by how many ``left`` holds more non-finite values)."""
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(left - right)
+        error = float(difference.max())
+        if math.isfinite(error):
+            return error, difference, 0
+        nonfinite = int((~np.isfinite(left)).sum()) - int((~np.isfinite(right)).sum())
+        difference = np.where(left == right, 0.0, difference)
+    error = float(np.nanmax(difference)) if not np.isnan(difference).all() else math.inf
+    return math.inf if nonfinite > 0 else error, difference, nonfinite
 
 
 def compare_number(verdict: Verdict, actual: float, expected: float, *, tolerance: float, **where: Any) -> None:

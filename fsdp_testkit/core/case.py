@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -127,7 +128,7 @@ class Case:
 
     def to_json(self) -> str:
         """Return compact, canonical JSON; values equal to their defaults are left out."""
-        return json.dumps(_slim(self), sort_keys=True, separators=(",", ":"))
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Case:
@@ -158,6 +159,11 @@ class Case:
     def key(self) -> str:
         """Short stable name of the case, usable in file names."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1024)
+def _to_json(case: Case) -> str:
+    return json.dumps(_slim(case), sort_keys=True, separators=(",", ":"))
 
 
 def _build(kind: type[Any], raw: Any) -> Any:
