@@ -145,8 +145,9 @@ class Harness:
         recorded = recorder.available()
         env = job.env if recorded else {**job.env, **DETAIL}
         # It came to this point once; it need not wait as long as the deadline to come there again.
-        deadline = min(job.deadline, max(2 * job.stall, 3 * report.seconds))
-        second = self._run(replace(job, env=env, deadline=deadline), identity, 1)
+        stall = max(job.stall, 4 * recorder.PERIOD)  # the last collective has to be on record by then
+        deadline = min(job.deadline, max(2 * stall, 3 * report.seconds))
+        second = self._run(replace(job, env=env, deadline=deadline, stall=min(stall, MAX_DEADLINE)), identity, 1)
         said = ""
         if second.failure is not None and second.failure.kind == "hang":
             places = {reply.rank: reply.error for reply in second.replies if reply.collective}

@@ -1,9 +1,10 @@
 """What torch's flight recorder knows of the collectives of each rank, and the first ones that do not match.
 
 Both NCCL and gloo keep their last collectives in a ring buffer. NCCL writes it to a file, as a pickle, when its
-watchdog gives up or when something is written into a pipe; for gloo a thread of the rank writes it, as JSON, in the run that
-explains a hang. The fields are the same: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html. The
-function that gloo's comes from is private to torch; without it a hang is explained by less.
+watchdog gives up or when something is written into a pipe; for gloo a thread of the rank writes it, as JSON, in the
+run that explains a hang. The fields are the same, see
+https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html. The function that gloo's comes from is
+private to torch; without it a hang is explained by less.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def read(logs: Path, ranks: int) -> dict[int, list[Entry]]:
             if path.stat().st_size <= _SIZE_LIMIT:
                 data = path.read_bytes()
                 dump = json.loads(data) if data.startswith(b"{") else _Plain(io.BytesIO(data)).load()
-                found[rank] = [_entry(item) for item in dump["entries"] if not item.get("is_p2p")]
+                found[rank] = [_entry(item) for item in dump.get("entries", []) if not item.get("is_p2p")]
         except (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError):
             continue
     return found
@@ -164,7 +165,7 @@ def mismatch(ranks: Mapping[int, Sequence[Entry]], places: Mapping[int, str] | N
         group: max(min((key[1] for key in table if key[0] == group), default=1) for table in tables.values())
         for group in groups
     }
-    for key in sorted({key for table in tables.values() for key in table}, key=lambda key: _since(key, ranks)):
+    for key in sorted({key for table in tables.values() for key in table}, key=lambda key: (_since(key, ranks), key)):
         if key[1] < oldest[key[0]]:
             continue
         there = {rank: table[key] for rank, table in tables.items() if key in table}

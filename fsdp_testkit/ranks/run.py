@@ -271,6 +271,8 @@ class Run:
     def _may_stall(self) -> bool:
         """Tell whether ranks could be waiting for each other without an end before the deadline."""
         soon = self.state.deadline - time.monotonic() <= self.stall
+        if any(place.host for place in self.places):  # their processes cannot be looked at from here
+            return False
         grouped = self.job.comm in ("gloo", "nccl") and self.job.processes > 1
         checked = checks_collectives(self.job, self.attempt)
         return self.state.phase is Phase.RUNNING and grouped and not checked and not soon

@@ -79,8 +79,8 @@ def _gave_up(replies: Sequence[RankReply], late: list[RankReply]) -> tuple[str, 
     others = [item for item in replies if item.rank not in waited and not item.consequence]
     elsewhere = [item for item in others if not item.collective]
     first = (elsewhere or others or late)[0]
-    parts = [f"{_names([item.rank])} {_deed(item)}" for item in others]
-    names = f"{_names(sorted(waited))} of {len(replies)}"
+    parts = [f"{_names([item])} {_deed(item)}" for item in others]
+    names = f"{_names(late)} of {len(replies)}"
     return "hang", first.rank, "; ".join([f"{names} gave up waiting: {_line(late[0].error)}", *parts])
 
 

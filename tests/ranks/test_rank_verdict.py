@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 
 from fsdp_testkit.core.errors import UsageError
-from fsdp_testkit.ranks import Job, RankReply, pick_comm
+from fsdp_testkit.ranks import Job, RankReply, pick_comm, stacks
 from fsdp_testkit.ranks.link import Store
 from fsdp_testkit.ranks.spec import rank_spec
-from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, threads
+from fsdp_testkit.ranks.stacks import (
+    is_consequence,
+    is_timeout,
+    native_error,
+    own_part,
+    sits_in,
+    threads,
+    waits_for_others,
+)
 from fsdp_testkit.ranks.verdict import explain, judge
 
 STORE = Store(None, "127.0.0.1", 29500)
@@ -63,6 +71,8 @@ IN_FSDP = """Current thread 0x00007fa34e675b80 (most recent call first):
         {"deadline": math.nan},
         {"deadline": "60"},
         {"deadline": True},
+        {"stall": 0},
+        {"stall": math.nan},
         {"min_observations": -1},
         {"env": {"A": 1}},
         {"env": {"A=B": "1"}},
@@ -225,6 +235,55 @@ def test_a_rank_that_returned_is_to_blame_for_those_that_wait() -> None:
     assert "rank 1 had returned" in failure.summary
 
 
+WATCHDOG = (
+    "terminate called after throwing an instance of 'c10::DistBackendError' what():  [PG ID 0 PG GUID 0(default_pg) "
+    "Rank 0] Process group watchdog thread terminated with exception: [Rank 0] Watchdog caught collective operation "
+    "timeout: WorkNCCL(SeqNum=2, OpType=ALLREDUCE, NumelIn=1, Timeout(ms)=8000) ran for 8010 milliseconds"
+)
+
+
+def test_a_watchdog_that_gives_up_is_a_hang_and_blames_who_did_not_come() -> None:
+    waited = RankReply(rank=0, status="died", signal="SIGABRT", error=WATCHDOG)
+    asleep = RankReply(rank=1, status="stopped", stack="s", error="nap (b.py:2)")
+    inside = RankReply(rank=2, status="stopped", stack="s", collective="all_reduce (c.py:1)", error="a (b.py:1)")
+    _, failure = judge(JOB, [waited, asleep, inside], [8, 11, 11])
+    assert failure is not None
+    assert (failure.kind, failure.first_rank) == ("hang", 1)
+    assert failure.summary.startswith("train llama: rank 0 of 3 gave up waiting: terminate called")
+    assert "rank 1 was stopped after the failure; it is at nap (b.py:2)" in failure.summary
+    _, failure = judge(JOB, [waited, RankReply(rank=1, status="raised", error="ValueError: boom")], [8, 7])
+    assert failure is not None
+    assert (failure.kind, failure.first_rank) == ("exception", 1), "a real error is the cause"
+
+
+@pytest.mark.parametrize(
+    ("text", "late"),
+    [
+        (WATCHDOG, True),
+        ("RuntimeError: [x.cc:78] Timed out waiting 1000ms for recv operation to complete", True),
+        ("ValueError: timed out", False),
+        (CLOSED, False),
+    ],
+)
+def test_a_timeout_of_the_group_is_known(text: str, late: bool) -> None:
+    assert is_timeout(text) is late
+
+
+@pytest.mark.parametrize(
+    ("stack", "waits"),
+    [
+        (IN_REDUCE, True),  # its other thread waits in the standard library
+        (IN_REDUCE.replace("/usr/lib/python3.11", "/home/me"), False),
+        (IN_HOOK, False),
+        (IN_FSDP, True),
+        ("", False),
+    ],
+)
+def test_who_only_another_rank_can_wake(stack: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "_STDLIB", "/usr/lib/python3.11/")
+    assert waits_for_others(stack) is waits
+
+
 def test_skips() -> None:
     skip = [RankReply(rank=rank, status="skipped", error="no GPU") for rank in range(2)]
     assert judge(JOB, skip, [1, 1]) == ("skipped", None)
@@ -269,5 +328,9 @@ def test_what_ranks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert cuda["env"]["OMP_NUM_THREADS"] == "3"
     assert cpu["deadline"] == 110
     assert cpu["group_timeout"] > 10, "the deadline comes before the group's own timeout"
-    assert told(attempt=1)["group_timeout"] < 10, "explaining a hang needs the group's own timeout"
+    assert told(attempt=1)["group_timeout"] > 10
+    checked = told(attempt=1, env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"})
+    assert checked["group_timeout"] < 10, "naming a rank that is missing needs the group's own timeout"
+    assert cuda["group_timeout"] == 8, "NCCL's watchdog comes before the deadline: it says what each rank was in"
+    assert [told()["recorded"], told(attempt=1)["recorded"], cuda["recorded"]] == [False, True, True]
     assert str(tmp_path) in cpu["path"]
