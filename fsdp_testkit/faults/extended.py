@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -93,12 +93,12 @@ class DividedByTwo(Fault):
 
     def _scaled(self, module: Any, arguments: Any, output: Any) -> Any:
         if output.loss is not None and torch.is_grad_enabled():
-            output.loss = Scaled.apply(output.loss, self.world_size / 2)  # type: ignore[no-untyped-call]
+            output.loss = Scaled.apply(output.loss, self.world_size / 2)
             self.hit()
         return output
 
 
-class Scaled(torch.autograd.Function):
+class Scaled(torch.autograd.Function):  # type: ignore[misc]  # torch is untyped here
     """The identity, with a gradient that is too large by a factor."""
 
     @staticmethod
@@ -108,7 +108,7 @@ class Scaled(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Scale the gradient."""
         return gradient * ctx.factor, None
 
@@ -242,7 +242,7 @@ class Policy(Fault):
     test = "mixed_precision"
     variant = "default"
     checks = ("precision",)
-    wrong: dict[str, Any]
+    wrong: ClassVar[dict[str, Any]]
 
     def patches(self) -> list[tuple[Any, Any]]:
         """Change the policy's arguments."""
@@ -261,14 +261,14 @@ class ReducedInBf16(Policy):
     """Gradients are reduced in the computing dtype."""
 
     story = "the reduction's dtype is left to its default, which is that of the computation"
-    wrong = {"reduce_dtype": None}  # noqa: RUF012 - nobody changes it
+    wrong: ClassVar[dict[str, Any]] = {"reduce_dtype": None}
 
 
 class PrecisionIgnored(Policy):
     """Mixed precision is asked for and everything computes in fp32."""
 
     story = "the option is accepted and does nothing"
-    wrong = {"param_dtype": None}  # noqa: RUF012 - nobody changes it
+    wrong: ClassVar[dict[str, Any]] = {"param_dtype": None}
 
 
 class AveragedOverUsers(Fault):
@@ -348,7 +348,7 @@ class OwnShards(Instead):
     method = "save"
     test = "lone_save"
     variant = "default"
-    checks = ("reload", "ranks")
+    checks: ClassVar[tuple[str, ...]] = ("reload", "ranks")
 
     def instead(self, original: Any, *arguments: Any, **named: Any) -> Any:
         """Write local parts, without communication."""
@@ -364,7 +364,7 @@ class HalfWritten(OwnShards):
     """The save fails when the others do not come, and its files stay."""
 
     story = "the error comes after files have been written under their final names"
-    checks = ("lone_save",)
+    checks: ClassVar[tuple[str, ...]] = ("lone_save",)
 
     def instead(self, original: Any, *arguments: Any, **named: Any) -> Any:
         """Write, then fail."""

@@ -22,10 +22,10 @@ ROWS = (1, 2, 3, 4)
 
 
 @cache
-def adapted(model_class: type[nn.Module]) -> type[nn.Module]:
+def adapted(model_class: Any) -> Any:
     """Return a subclass of a model class whose blocks have adapters; the same one for the same class."""
 
-    class Adapted(model_class):  # type: ignore[misc,valid-type]  # the base is known at run time only
+    class Adapted(model_class):  # type: ignore[misc]  # the base is known at run time only
         def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
             super().__init__(config, *arguments, **options)
             insert(self)
@@ -62,8 +62,8 @@ def sizes(layer: nn.Module) -> tuple[int, int] | None:
 
 
 @cache
-def _with_adapter(kind: type[nn.Module]) -> type[nn.Module]:
-    class WithAdapter(kind):  # type: ignore[misc,valid-type]  # the base is known at run time only
+def _with_adapter(kind: Any) -> Any:
+    class WithAdapter(kind):  # type: ignore[misc]  # the base is known at run time only
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             output: torch.Tensor = super().forward(inputs) + self.adapter_b(self.adapter_a(inputs))
             return output
