@@ -47,7 +47,8 @@ def insert(model: nn.Module) -> None:
             dtype = next(layer.parameters()).dtype
             layer.adapter_a = nn.Linear(fan_in, rows, bias=False, dtype=dtype)
             layer.adapter_b = nn.Linear(rows, fan_out, bias=False, dtype=dtype)
-            layer.__class__ = _with_adapter(type(layer))
+            kind: Any = type(layer)
+            layer.__class__ = _with_adapter(kind)
             number += 1
 
 
