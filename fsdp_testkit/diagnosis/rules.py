@@ -127,17 +127,11 @@ RULES: tuple[Rule, ...] = (
         without="lost, moved, bf16, last rows",
     ),
     _rule(37, "weight not loaded", "structure, meta_init", "{message}, on {ranks}", words="on the meta device"),
-    # units
-    _rule(
-        38, "not wrapped", "structure", "{message}, on {ranks}",
-        words="no FSDP unit|belongs to 0 FSDP|not an FSDP unit|not one FSDP unit|does not exist|matches no module",
-    ),
-    _rule(38, "not resharded", "reshard", "{message}, on {ranks}"),
+    # what is trained
     _rule(
         39, "trained set changed", "gradients", "{names} on {ranks}: a gradient where the model has none",
         words="has a gradient", at_first=True,
     ),
-    # the optimizer
     _rule(
         40, "optimizer on other tensors", "optimizer_binding", "{message}, on {ranks}",
         words="not the model's parameters|groups hold other",
@@ -268,6 +262,12 @@ RULES: tuple[Rule, ...] = (
     _rule(74, "collective mismatch", "ranks", "{failure}", words="waits in", signs="different collectives"),
     _rule(75, "rank stuck", "ranks", "{failure}", words="no reply|waits in"),
     _rule(76, "rank died", "ranks", "{failure}"),
+    # units: they change what a step costs, not its numbers
+    _rule(
+        77, "not wrapped", "structure", "{message}, on {ranks}",
+        words="no FSDP unit|belongs to 0 FSDP|not an FSDP unit|not one FSDP unit|does not exist|matches no module",
+    ),
+    _rule(77, "not resharded", "reshard", "{message}, on {ranks}"),
     # switches, and what is right and costs too much
     _rule(
         78, "switch without effect", "reductions", "{message}, on {ranks}: switching the reduction off changes nothing",

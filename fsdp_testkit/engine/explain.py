@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 
 from fsdp_testkit.checks.buffers import check_buffers, check_dtypes
 from fsdp_testkit.checks.parts import explain_gradients, first_bad_step
-from fsdp_testkit.checks.structure import check_ties
+from fsdp_testkit.checks.structure import check_structure, check_ties
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.finding import Finding
@@ -31,7 +32,7 @@ def look_closer(outcome: Outcome, work: SpecWork, case: Case, run: list[Evidence
 
 def _look(outcome: Outcome, work: SpecWork, case: Case, run: list[Evidence], truth: Evidence) -> None:
     findings = outcome.verdict.findings
-    outcome.hints = hints(run, truth)
+    outcome.hints = hints(run, truth, case)
     step = first_bad_step(findings)
     parts = None if step is None else parts_of(work, case, step)
     if parts is not None and step is not None:
@@ -39,11 +40,14 @@ def _look(outcome: Outcome, work: SpecWork, case: Case, run: list[Evidence], tru
     outcome.run_facts = of_run(case, run, truth, parts, step)
 
 
-def hints(run: list[Evidence], truth: Evidence) -> list[Finding]:
+def hints(run: list[Evidence], truth: Evidence, case: Case) -> list[Finding]:
     """Return findings of other checks over the same evidence; they are no verdict of the row."""
-    found = check_ties(run, truth.facts["tree"])
-    if all("units" in evidence.facts for evidence in run):  # buffers were read right after the load
-        found.add(check_buffers(run, truth)).add(check_dtypes(run, truth))
+    tree = copy.deepcopy(truth.facts["tree"])
+    for name, facts in truth.facts["parameters"].items():
+        tree["parameters"][name]["requires_grad"] = facts["requires_grad"]  # the case may freeze some
+    if not all("units" in evidence.facts for evidence in run):  # then buffers were read late, too
+        return check_ties(run, tree).findings
+    found = check_structure(run, tree, case.layout).add(check_buffers(run, truth)).add(check_dtypes(run, truth))
     return found.findings
 
 
