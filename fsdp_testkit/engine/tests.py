@@ -17,6 +17,7 @@ from fsdp_testkit.checks.saving import (
     check_files,
     check_loading_info,
     check_reload,
+    check_traffic,
     check_trained,
     trained_weights,
 )
@@ -30,6 +31,7 @@ from fsdp_testkit.engine.explain import look_closer
 from fsdp_testkit.engine.judge import decide_rounding, judge_training, needs_fp64
 from fsdp_testkit.engine.outcome import Outcome, judged
 from fsdp_testkit.engine.work import Run, SpecWork
+from fsdp_testkit.models.expectations import UNREPEATABLE_DROPOUT
 
 if TYPE_CHECKING:
     from fsdp_testkit.engine.engine import Engine
@@ -144,7 +146,7 @@ def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
     cases = prepare(engine, work)
     if same := ignored_tie(work, cases[0]):
         return [same]
-    case = replace(auto_case(engine, work, "save_load"), scenario="save", steps=2).with_options(format="safetensors")
+    case = replace(auto_case(engine, work, "save_load"), scenario="save").with_options(format="safetensors")
     folder = work.fresh_folder("saved")
     saved = work.job(
         "saving:save",
@@ -156,7 +158,7 @@ def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
         return [judged(case, saved, Verdict.empty)]
     full = trained_weights(saved.get(), case.layout)
     tied = is_tied(work.truth(cases[0]))
-    outcome = judged(case, saved, lambda: check_trained(saved.get()))
+    outcome = judged(case, saved, lambda: check_trained(saved.get()).add(check_traffic(saved.get())))
     single = Layout(kind="single")
     plain = work.job(
         "saving:plain",
@@ -186,7 +188,7 @@ def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
 def dcp(engine: Engine, work: SpecWork) -> list[Outcome]:
     """Save a DCP folder on 2 ranks, load it on 1, 2 and 4 ranks and on 2 x 2."""
     prepare(engine, work)
-    case = replace(auto_case(engine, work, "dcp"), scenario="save", steps=2).with_options(format="dcp")
+    case = replace(auto_case(engine, work, "dcp"), scenario="save").with_options(format="dcp")
     folder = work.fresh_folder("dcp")
     saved = work.job(
         "saving:save",
@@ -197,7 +199,7 @@ def dcp(engine: Engine, work: SpecWork) -> list[Outcome]:
     if saved.failure:
         return [judged(case, saved, Verdict.empty)]
     full = trained_weights(saved.get(), case.layout)
-    outcome = judged(case, saved, lambda: check_trained(saved.get()))
+    outcome = judged(case, saved, lambda: check_trained(saved.get()).add(check_traffic(saved.get())))
     for layouts in (["fsdp(1)"], ["fsdp(2)"], ["fsdp(4)", "hsdp(2, 2)"]):
         outcome.verdict.add(load_elsewhere(work, case, folder, saved, full, layouts))
     return [outcome]
@@ -205,6 +207,8 @@ def dcp(engine: Engine, work: SpecWork) -> list[Outcome]:
 
 def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
     """Half the steps, save, fresh processes, scrambled generators, go on; dropout on."""
+    if reason := UNREPEATABLE_DROPOUT.get(work.spec.model_type):
+        return [Outcome.not_applicable(f"no run of {work.spec.model_type} can be repeated: {reason}")]
     work = engine.work(replace(work.spec, dropout=0.2))  # dropout is part of the checkpoint's config
     case = replace(auto_case(engine, work, "resume"), scenario="resume", steps=6)
     truth = work.truth(case)

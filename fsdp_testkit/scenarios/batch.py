@@ -14,18 +14,23 @@ from typing import Any
 
 import torch
 
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.scenarios import kept
+
+#: The scenario that goes on with a model which another part has trained.
+SAVE = "fsdp_testkit.scenarios.saving:save"
+
 
 def run(context: Any, *, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Run each part as if it were alone; what a finished one replied lies in ``part<index>/reply.<rank>.json``.
 
-    A part holds ``target`` and ``args``, as a job does, and may name the ``only`` process that runs it.
+    A part holds ``target`` and ``args``, as a job does.
 
     Raises:
         RuntimeError: a part returned without an observation.
     """
+    kept.expect([Case.from_json(part["args"]["case"]) for part in parts if part["target"] == SAVE])
     for index, part in enumerate(parts):
-        if part.get("only", context.rank) != context.rank:
-            continue
         folder = part_folder(context.folder, index)
         folder.mkdir(exist_ok=True)
         mine = replace(context, folder=folder, observations=0)
@@ -55,7 +60,7 @@ def reply_file(folder: Path, rank: int) -> Path:
 @contextlib.contextmanager
 def unchanged_process() -> Iterator[None]:
     """Undo what a part changed in the process: environment, ``sys.path``, folder, torch's global settings."""
-    environment, path, folder = dict(os.environ), list(sys.path), os.getcwd()
+    environment, path, folder = dict(os.environ), list(sys.path), Path.cwd()
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -11,27 +11,37 @@ from torch import nn
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.layout import Layout
-from fsdp_testkit.scenarios import observe
+from fsdp_testkit.scenarios import kept, observe
 from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, inner_model, reply, resolved, torch_dtype
+from fsdp_testkit.scenarios.traffic import Traffic
 from fsdp_testkit.scenarios.train import train
 
 
 def save(context: Any, *, case: str, checkpoint: str, folder: str) -> dict[str, Any]:
     """Train the case's steps and save to ``folder``; the option ``format`` is ``safetensors`` or ``dcp``.
 
-    The evidence holds the trace of the training; ``final/`` and buffers are what was saved.
+    The evidence holds the trace of the training; ``final/`` and buffers are what was saved. The fact ``traffic`` has
+    the ``calls`` of collectives during the save and the bytes ``received``.
     """
     parsed = Case.from_json(case)
-    evidence = Evidence(rank=context.rank)
     with armed(parsed, context) as backend:
-        loaded = Loaded(parsed, backend, Path(checkpoint))
-        evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-        observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
-        train(loaded, context.rank, evidence, range(parsed.steps))
+        loaded, evidence = kept.find(parsed) or trained(parsed, context.rank, backend, Path(checkpoint))
         observe.observe_buffers(loaded.model, evidence)
-        backend.save(loaded.model, Path(folder), layout=parsed.option("format", "safetensors"))
+        with Traffic() as traffic:
+            backend.save(loaded.model, Path(folder), layout=parsed.option("format", "safetensors"))
+        evidence.facts["traffic"] = {"received": traffic.received, "calls": dict(traffic.calls)}
     return reply(context, evidence)
+
+
+def trained(case: Case, rank: int, backend: Any, checkpoint: Path) -> tuple[Loaded, Evidence]:
+    """Train a fresh model; return it and the evidence of its training."""
+    evidence = Evidence(rank=rank)
+    loaded = Loaded(case, backend, checkpoint)
+    evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
+    observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
+    train(loaded, rank, evidence, range(case.steps))
+    return loaded, evidence
 
 
 def load(context: Any, *, case: str, folder: str, layouts: list[str]) -> dict[str, Any]:

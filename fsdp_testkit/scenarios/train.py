@@ -15,7 +15,8 @@ from torch import nn
 from fsdp_testkit.backends.base import MicroBatch
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
-from fsdp_testkit.scenarios import observe
+from fsdp_testkit.models.expectations import runs_in
+from fsdp_testkit.scenarios import kept, observe
 from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import (
     Loaded,
@@ -40,6 +41,8 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
         loaded = Loaded(parsed, backend, Path(checkpoint))
         observe_loaded(loaded, context.rank, evidence)
         train(loaded, context.rank, evidence, range(parsed.steps))
+    if not parsed.fault:
+        kept.offer(parsed, loaded, evidence)
     return reply(context, evidence)
 
 
@@ -52,7 +55,8 @@ def observe_loaded(loaded: Loaded, rank: int, evidence: Evidence) -> None:
     observe.observe_buffers(model, evidence)
     observe.observe_tensors(inner_model(model).named_parameters(), evidence, "initial/")
     if loaded.case.layout.kind in ("fsdp", "hsdp"):
-        evidence.facts["kept"] = plain_after_forward(loaded, rank)
+        if runs_in(loaded.case.model.model_type, loaded.case.dtype):
+            evidence.facts["kept"] = plain_after_forward(loaded, rank)
         evidence.facts["units"] = observe.observe_units(model)
         observe.reshard_all(model)
 
