@@ -31,6 +31,7 @@ CAPABILITIES = frozenset(
         "mixed_precision",
         "activation_checkpointing",
         "gradient_sync",
+        "nonfinite_guard",
     }
 )
 
@@ -107,12 +108,15 @@ class Features:
         cpu_offload: parameters, gradients and optimizer state stay in CPU memory.
         reduce_each: gradients are reduced in each micro-batch and summed as shards, instead of once in the last
             one (capability ``gradient_sync``).
+        refuse_nonfinite: a step whose gradient is not finite on any rank raises on every rank, before the optimizer
+            moves anything (capability ``nonfinite_guard``).
     """
 
     activation_checkpointing: bool = False
     mixed_precision: str = ""
     cpu_offload: bool = False
     reduce_each: bool = False
+    refuse_nonfinite: bool = False
 
     def __bool__(self) -> bool:
         return self != Features()

@@ -25,6 +25,8 @@ class TrainingLoop:
 
     #: Whether gradients are reduced in each micro-batch; see `Features.reduce_each`.
     reduce_each = False
+    #: Whether a step with a gradient that is not finite is refused; see `Features.refuse_nonfinite`.
+    refuse_nonfinite = False
 
     def make_optimizer(self, model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
         """Return AdamW over the trainable parameters in the groups of `parameter_groups`."""
@@ -64,6 +66,7 @@ class TrainingLoop:
 
         Raises:
             ValueError: an argument is not one of these.
+            FloatingPointError: the gradient is not finite, and `refuse_nonfinite` is set.
         """
         if normaliser not in NORMALISERS:
             raise ValueError(f"normaliser={normaliser!r} must be one of {NORMALISERS}")
@@ -79,6 +82,8 @@ class TrainingLoop:
                 (loss * weight).backward()
             losses.append(float(loss.detach().item()))
         norm = self.clip(model, max_norm)
+        if self.refuse_nonfinite and not math.isfinite(norm):  # the norm of all ranks, so that all of them refuse
+            raise FloatingPointError(f"the total norm of the gradient is {norm}: this step is refused")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return StepOutput(losses=losses, grad_norm=norm)

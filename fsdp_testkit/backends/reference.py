@@ -34,7 +34,7 @@ class ReferenceBackend(TrainingLoop):
         features: Features = NO_FEATURES,
     ) -> nn.Module:
         """Load and shard a checkpoint folder (safetensors or DCP) on the layout's mesh."""
-        self.reduce_each = features.reduce_each
+        self.reduce_each, self.refuse_nonfinite = features.reduce_each, features.refuse_nonfinite
         if features.mixed_precision or features.cpu_offload:
             options = {"mixed_precision": features.mixed_precision or None, "cpu_offload": features.cpu_offload}
             plan = {**({"mode": "auto"} if plan == "auto" else plan), "options": options}

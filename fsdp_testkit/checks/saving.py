@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from fsdp_testkit.checks.signature import signature
 from fsdp_testkit.core.evidence import Array, Evidence, TensorData
 from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
+
+#: Bytes that collectives may bring to a rank while it saves: each value once, with room for padding to even shards
+#: and for what is said about the files.
+TRAFFIC_FACTOR = 1.5
+TRAFFIC_SLACK = 65536
+#: Bytes of an element of the models that are saved.
+WIDEST = 4
 
 
 def trained_weights(evidences: list[Evidence], layout: Layout, prefix: str = "final/") -> dict[str, TensorData]:
@@ -28,6 +36,27 @@ def trained_weights(evidences: list[Evidence], layout: Layout, prefix: str = "fi
         bits = assemble([part.bits() for part in parts if part.numel] or [first.bits()], shard_dim(facts))
         full[name] = TensorData(first.dtype, tuple(facts["shape"]), np.ascontiguousarray(bits).tobytes())
     return full
+
+
+def check_traffic(evidences: list[Evidence]) -> Verdict:
+    """Judge that a save brings each value to a rank at most once: an index into a sharded tensor gathers all of it."""
+    verdict = Verdict.empty()
+    for evidence in evidences:
+        traffic = evidence.facts["traffic"]
+        sizes = [math.prod(facts["shape"]) for facts in evidence.facts["parameters"].values()]
+        whole = WIDEST * sum(sizes)
+        bound = TRAFFIC_FACTOR * whole + TRAFFIC_SLACK
+        calls = ", ".join(f"{count} {name}" for name, count in sorted(traffic["calls"].items()))
+        verdict.expect(
+            traffic["received"] <= bound,
+            check="traffic",
+            rank=evidence.rank,
+            message=f"saving brought {traffic['received']:,} bytes to this rank, of a model of {sum(sizes):,} elements "
+            f"({calls}): the same values were gathered more than once",
+            expected=f"at most {bound:,} bytes",
+            actual=f"{traffic['received']:,} bytes",
+        )
+    return verdict
 
 
 def check_files(folder: Path, reference: Path, tied: bool) -> Verdict:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fsdp_testkit.checks import extended as checks
 from fsdp_testkit.checks.saving import check_loading_info, check_reload, trained_weights
@@ -18,6 +19,7 @@ from fsdp_testkit.engine.judge import judge_training
 from fsdp_testkit.engine.outcome import Outcome, judged
 from fsdp_testkit.engine.tests import FSDP2, MAX_NORMS, auto_case, capabilities, ignored_tie, settle
 from fsdp_testkit.engine.work import Run, SpecWork
+from fsdp_testkit.models.tree import manual_plan
 
 if TYPE_CHECKING:
     from fsdp_testkit.engine.engine import Engine
@@ -171,11 +173,22 @@ def lone_save(engine: Engine, work: SpecWork) -> list[Outcome]:
 
 def two_forwards(engine: Engine, work: SpecWork) -> list[Outcome]:
     """Two forwards before each backward, with nested units and activation checkpointing: the gradients of both."""
-    fields = {"plan": "manual", "steps": 2, "micro_batches": 2, "max_norms": ALWAYS}
-    case = engine.case(work, "two_forwards", FSDP2, **fields)
+    tree = work.truth(auto_case(engine, work, "two_forwards")).facts["tree"]
+    plan = json.dumps(nested_plan(tree), sort_keys=True)
+    case = engine.case(work, "two_forwards", FSDP2, plan=plan, steps=2, micro_batches=2, max_norms=ALWAYS)
     if work.truth(case).facts["recomputes"]:
         case = case.with_options(activation_checkpointing=True)
     return [trained(work, case, "extended_steps:together")]
+
+
+def nested_plan(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the kit's manual plan with the attention of each block as a nested unit too: blocks enter it first."""
+    plan = manual_plan(tree)
+    for name in tree["modules"]:
+        block, _, child = name.rpartition(".")
+        if block in tree["blocks"] and ("attn" in child or "attention" in child) and "norm" not in child:
+            plan["modules"][name] = {"reshard_after_forward": True}
+    return plan
 
 
 def nonfinite_guard(engine: Engine, work: SpecWork) -> list[Outcome]:

@@ -280,3 +280,24 @@ class LocalShardsStored(_WrongRows, bug="resume-with-other-world-size"):
     def first(self, rows: int) -> int:
         """Take the first rows of the shard that this rank's number had at saving."""
         return -(-rows // 2) * self.rank
+
+
+class IndexedExperts(Fault, bug="indexing-dtensor-gathers-everything"):
+    """Fused experts are taken apart by an index into the sharded tensor, which gathers all of it each time."""
+
+    story = (
+        "a loop over the experts of a sharded tensor gathers all of it for each of them, and values are right"
+    )
+    model = MOE
+    test = "save_load"
+    checks = ("traffic",)
+    causes = ("memory held",)
+
+    def before_save(self, model: nn.Module) -> nn.Module:
+        """Look at each expert."""
+        for name, parameter in model.named_parameters():
+            if "experts" in name and isinstance(parameter, DTensor):
+                for expert in range(parameter.shape[0]):
+                    local(parameter.detach()[expert])
+                    self.hit()
+        return model

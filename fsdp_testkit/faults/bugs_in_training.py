@@ -137,3 +137,18 @@ class OtherOrder(BeforeClip, bug="set-order-of-grads"):
         one.copy_(two)
         two.copy_(kept)
         self.hit()
+
+
+class SyncEveryTime(AroundMicroBatch, bug="no-sync-is-noop"):
+    """Switching the reduction off has no effect: gradients are reduced in each micro-batch."""
+
+    story = "the context that saves communication knows one kind of wrapper only and passes others through in silence"
+    test = "accumulation"
+    checks = ("reductions",)
+    causes = ("switch without effect",)
+
+    def enter(self, model: nn.Module, last: bool) -> None:
+        """Reduce all the same."""
+        if not last and isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(True)
+            self.hit()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from fsdp_testkit.core.case import Case
 from fsdp_testkit.faults.base import Fault
 from fsdp_testkit.faults.parts import AroundMicroBatch, blocks_of, bypass, locals_of
 
@@ -192,3 +195,38 @@ class Detached(Fault, bug="lora-grads-only-in-layer-0"):
 
         blocks_of(model)[0].register_forward_hook(detach)
         return model
+
+
+class NotGatheredAgain(Fault, bug="two-forwards-before-backward"):
+    """A recomputation takes for granted that its unit is still gathered."""
+
+    story = "with two forwards before a backward, one recomputation meets a nested unit that the other has resharded"
+    test = "two_forwards"
+    variant = "default"
+    checks = ("ranks", "gradients")
+    causes = ("forward reads other weights",)
+
+    @contextlib.contextmanager
+    def arm(self, *, rank: int, world_size: int, case: Case) -> Iterator[None]:
+        """Leave the hook before a recomputed forward early, as it was before torch gathered there.
+
+        https://github.com/pytorch/pytorch/pull/171779
+        """
+        from torch.distributed.fsdp._fully_shard import _fsdp_state as torch_state
+
+        owner: Any = torch_state.FSDPState
+        original = owner._pre_forward
+
+        def early(state: Any, module: Any, args: Any, kwargs: Any) -> Any:
+            if state._training_state == torch_state.TrainingState.PRE_BACKWARD:
+                if not all(group.is_unsharded for group in state._fsdp_param_groups):
+                    self.hit()
+                return state._cast_forward_inputs(args, kwargs)
+            return original(state, module, args, kwargs)
+
+        owner._pre_forward = early
+        try:
+            with super().arm(rank=rank, world_size=world_size, case=case):
+                yield
+        finally:
+            owner._pre_forward = original

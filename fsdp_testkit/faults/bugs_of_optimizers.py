@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from fsdp_testkit.backends.base import Features
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.faults.base import Fault
 from fsdp_testkit.faults.parts import Instead, local, locals_of
@@ -180,3 +182,19 @@ class ReplicasStartApart(Fault, bug="hsdp-replicas-start-different"):
                 part.copy_(torch.empty_like(part).normal_(std=0.02, generator=generator))
             self.hit()
         return model
+
+
+class GuardIgnored(Fault, bug="nonfinite-guard-ignored"):
+    """The switch that refuses steps with gradients that are not finite is accepted and not passed on."""
+
+    story = "an error for NaN was asked for, none is raised, and the step spoils the weights"
+    test = "nonfinite_guard"
+    variant = "default"
+    checks = ("guard",)
+    causes = ("switch without effect",)
+
+    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Forget the switch."""
+        features: Features = arguments["features"]
+        self.hit()
+        return arguments | {"features": replace(features, refuse_nonfinite=False)}

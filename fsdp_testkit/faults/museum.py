@@ -39,12 +39,7 @@ MODULES = (
 CAUSES: dict[str, str] = {name: cause.evidence for name, cause in DEFINED.items()}
 
 #: Bugs without a fault, each with what it would take.
-NOT_REAL: dict[str, str] = {
-    "indexing-dtensor-gathers-everything": "needs a count of collectives, or of memory taken inside DTensor operators",
-    "no-sync-is-noop": "values stay right: needs a count of reductions over several micro-batches",
-    "two-forwards-before-backward": "needs a training step with two forwards before its backward, under checkpointing",
-    "nonfinite-guard-ignored": "needs a test with a non-finite gradient on one rank, which all ranks have to refuse",
-}
+NOT_REAL: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from fsdp_testkit.scenarios.poison import poisoned_memory
 
 OPTIMIZER = OptimizerConfig()
 #: Options of a case that are features of the same name.
-FEATURES = ("activation_checkpointing", "mixed_precision", "cpu_offload", "reduce_each")
+FEATURES = ("activation_checkpointing", "mixed_precision", "cpu_offload", "reduce_each", "refuse_nonfinite")
 
 
 def optimizer_config(case: Case) -> OptimizerConfig:
