@@ -12,14 +12,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fsdp_testkit.reference.errors import LoadError, PlanError, SaveError, SwitchError, TrainingStateError
+    from fsdp_testkit.reference.errors import (
+        BindError,
+        LoadError,
+        PlanError,
+        SaveError,
+        SwitchError,
+        TrainingStateError,
+    )
     from fsdp_testkit.reference.load import load_sharded
+    from fsdp_testkit.reference.optimizers import bind_optimizer
     from fsdp_testkit.reference.plan import ModuleOptions, Plan
     from fsdp_testkit.reference.save import save_sharded
     from fsdp_testkit.reference.switches import efficient_loading, switched
     from fsdp_testkit.reference.training import load_training, save_training
 
 __all__ = [
+    "BindError",
     "LoadError",
     "ModuleOptions",
     "Plan",
@@ -27,6 +36,7 @@ __all__ = [
     "SaveError",
     "SwitchError",
     "TrainingStateError",
+    "bind_optimizer",
     "efficient_loading",
     "load_sharded",
     "load_training",
@@ -36,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BindError": "errors",
     "LoadError": "errors",
     "ModuleOptions": "plan",
     "Plan": "plan",
@@ -43,6 +54,7 @@ _HOMES = {
     "SaveError": "errors",
     "SwitchError": "errors",
     "TrainingStateError": "errors",
+    "bind_optimizer": "optimizers",
     "efficient_loading": "switches",
     "load_sharded": "load",
     "load_training": "training",

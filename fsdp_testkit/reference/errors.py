@@ -21,6 +21,14 @@ class LoadError(ReferenceLoaderError):
         super().__init__("\n".join([message, *(f"  - {problem}" for problem in self.problems)]))
 
 
+class BindError(ReferenceLoaderError):
+    """An optimizer does not fit the sharded model. ``problems`` lists each finding."""
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join([message, *(f"  - {problem}" for problem in self.problems)]))
+
+
 class SaveError(ReferenceLoaderError):
     """The model or the target folder does not allow a save."""
 
