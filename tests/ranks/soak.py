@@ -19,8 +19,8 @@ from fsdp_testkit.ranks import Harness, Job  # noqa: E402 - found by the line ab
 
 #: By how much threads, open files and memory may grow.
 GROWTH = 0.01
-#: How much more CPU time a job may take in the end: the clock ticks in hundredths, and caches are shared.
-SLOWER = 0.25
+#: Parts that the comparison with a fresh harness is made in: their scatter tells chance from growth.
+BLOCKS = 20
 
 
 def usage(pid: int) -> dict[str, int]:
@@ -50,37 +50,65 @@ def growth(before: dict[str, int], after: dict[str, int]) -> list[str]:
     return [f"{name}: {before[name]} -> {after[name]}" for name in before if after[name] > before[name] * (1 + GROWTH)]
 
 
+def run(harness: Harness, count: int) -> list[float]:
+    """Run jobs; return the CPU seconds of each."""
+    seconds = []
+    for _ in range(count):
+        begun = spent(harness)
+        report = harness.run(Job(target="fault_targets:state", world_size=2, deadline=120))
+        seconds.append(spent(harness) - begun)
+        if report.outcome != "passed":
+            raise SystemExit(report.failure.render() if report.failure else report.outcome)
+        report.discard()
+    return seconds
+
+
+def against_fresh(old: Harness, count: int) -> tuple[float, float]:
+    """Run jobs on ``old`` and on a fresh harness in turn.
+
+    Returns:
+        (slower, error): by what part of its CPU time a job on the old one takes longer, and the standard error of
+        that. Whatever else changes on the machine meanwhile is the same for both.
+    """
+    with Harness(preload=("torch.distributed",)) as fresh:
+        run(fresh, max(20, count // 10))
+        parts = []
+        for _ in range(BLOCKS):
+            one, other = 0.0, 0.0
+            for _ in range(max(1, count // BLOCKS)):
+                one += run(old, 1)[0]
+                other += run(fresh, 1)[0]
+            parts.append(one / other - 1.0)
+    return statistics.fmean(parts), statistics.stdev(parts) / BLOCKS**0.5
+
+
 def soak(jobs: int) -> list[str]:
     """Run the jobs; return what is wrong."""
-    seconds: list[float] = []
     with Harness(preload=("torch.distributed",)) as harness:
-
-        def run(count: int) -> None:
-            for _ in range(count):
-                begun = spent(harness)
-                report = harness.run(Job(target="fault_targets:state", world_size=2, deadline=120))
-                seconds.append(spent(harness) - begun)
-                if report.outcome != "passed":
-                    raise SystemExit(report.failure.render() if report.failure else report.outcome)
-                report.discard()
 
         def look() -> dict[str, dict[str, int]]:
             gc.collect()
             return {"parent": usage(os.getpid()), "rank server": usage(next(iter(harness._links.values())).process.pid)}
 
         # Allocators and caches fill up first; that ends, a leak does not.
-        run(warm := max(20, jobs // 10))
+        run(harness, warm := max(20, jobs // 10))
         before = look()
-        run(jobs - warm)
+        seconds = run(harness, jobs - warm)
         after = look()
+        slower, error = against_fresh(harness, warm)
         left = [path.name for path in harness.folder.iterdir() if path.is_dir()]
     problems = [f"{who}: {text}" for who in before for text in growth(before[who], after[who])]
     for who in before:
         print(who, {name: f"{before[who][name]} -> {after[who][name]}" for name in before[who]})
-    parts = slices(seconds[warm:])
-    print("CPU seconds a job, by tenths:", " ".join(f"{part:.3f}" for part in parts))
-    if min(parts[-3:]) > min(parts[:3]) * (1 + SLOWER):
-        problems.append(f"jobs get slower: {parts}")
+    first, last = statistics.fmean(seconds[:warm]), statistics.fmean(seconds[-warm:])
+    print("CPU seconds a job, by tenths:", " ".join(f"{part:.4f}" for part in slices(seconds)))
+    print(
+        f"first {warm}: {first:.4f}, last {warm}: {last:.4f}, {last / first - 1:+.2%} (the machine's changes included)"
+    )
+    print(f"after {jobs} jobs, in turn with a fresh harness: {slower:+.2%} +- {error:.2%}")
+    # A growth beyond the bound that could not be told from chance is no finding; nor is one within it.
+    if slower > GROWTH and slower > 2 * error:
+        problems.append(f"jobs get slower, by {slower:.2%} +- {error:.2%}")
     if left:
         problems.append(f"{len(left)} folders are left")
     return problems
