@@ -149,14 +149,13 @@ class Scorer:
         wrong = self.green(fault)
         started = time.monotonic()
         shown = museum.show(self._engine, fault)
-        diagnosis: str = getattr(shown, "diagnosis", "")
         values = known.to_dict() | {
             "hit": shown.hits > 0,
             "green": not wrong,
             "caught": not wrong and not shown.missing,
             "caught_by": tuple(dict.fromkeys(finding["check"] for finding in shown.found)),
-            "diagnosis": diagnosis,
-            "diagnosis_right": diagnosis == fault.causes[0],
+            "diagnosis": shown.diagnosis,
+            "diagnosis_right": shown.diagnosis_right,
             "ranks": tuple(sorted({item["rank"] for item in shown.found if item.get("rank") is not None})),
             "seconds": round(time.monotonic() - started, 2),
             "missing": (*wrong, *shown.missing),
