@@ -41,7 +41,9 @@ class DDPBackend(TrainingLoop):
         if layout.device == "cuda":
             model = model.to("cuda")
         # unused parameters (towers, cross attention, top-k indexers) are normal in text-only steps
-        return DistributedDataParallel(model, find_unused_parameters=True)
+        # reversible blocks run a backward inside of backward, which DDP takes in a static graph only
+        static = any(hasattr(module, "backward_pass") for module in model.modules())
+        return DistributedDataParallel(model, find_unused_parameters=not static, static_graph=static)
 
     def save(self, model: nn.Module, folder: Path, *, layout: str) -> None:
         """Not offered: the oracle saves nothing."""

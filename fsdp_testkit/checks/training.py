@@ -250,7 +250,7 @@ def check_movement(evidences: list[Evidence], truth: Evidence, case: Case) -> Ve
             moved = bytes(before.data) != bytes(after.data)
             still = name in trained and not _part_moves(truth, evidence, case, name)
             verdict.expect(
-                moved == (name in trained) or (still and not moved),
+                moved == (name in trained) or still,
                 check="movement",
                 rank=evidence.rank,
                 parameter=name,
@@ -287,8 +287,13 @@ def check_replicas(evidences: list[Evidence], case: Case) -> Verdict:
 
 
 def _part_moves(truth: Evidence, evidence: Evidence, case: Case, name: str) -> bool:
-    """Whether truth's own part that this rank holds moves (an embedding row that no batch uses may not)."""
+    """Whether truth's own part that this rank holds moves by more than rounding.
+
+    An embedding row that no batch uses does not, nor does a bias that adds the same to all keys of a softmax: its
+    gradient is what rounding leaves of zero.
+    """
     dim = shard_dim(evidence.facts["parameters"].get(name, {}))
     before = expected_part(truth.tensors[f"initial/{name}"].array(), case.layout, evidence.rank, dim)
     after = expected_part(truth.tensors[f"final/{name}"].array(), case.layout, evidence.rank, dim)
-    return not np.array_equal(before, after)
+    rounding = 8 * np.finfo(np.float32).eps * float(np.max(np.abs(before), initial=0.0))
+    return bool(np.max(np.abs(after - before), initial=0.0) > rounding)

@@ -70,6 +70,21 @@ def keeps_float32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
     return lambda name: pattern.search(name) is not None
 
 
+def initialize_over(model: Any) -> None:
+    """Run the model's own initialisation as a load does after all values of a checkpoint are in place.
+
+    What goes through ``transformers.initialization`` leaves such values alone. A plain assignment overwrites them,
+    so a model that makes one is never what its checkpoint says.
+    """
+    if not hasattr(model, "initialize_weights"):  # somebody's own model
+        return
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
+
+
 def tied_keys(model: Any) -> dict[str, str]:
     """Return tied parameter name -> name of the parameter that it is the same as."""
     return dict(model.all_tied_weights_keys)

@@ -79,13 +79,15 @@ def build_model(spec: ModelSpec, *, seed: int, dtype: torch.dtype = torch.float3
     """Return the in-memory model of a spec, on the CPU, in training mode, deterministic from ``seed``.
 
     Weights are initialised by the model's own rules in float32 and then get noise, so that no weight is a one
-    or a zero by construction; tied weights stay tied. The float32 values are what every dtype starts from:
+    or a zero by construction; tied weights stay tied. What a plain load overwrites has the value that it gets
+    there. The float32 values are what every dtype starts from:
 
     * Parameters and persistent buffers are converted as ``from_pretrained(dtype=...)`` would convert a
       float32 checkpoint: what the model keeps in float32 stays there, everything else takes ``dtype``. In
       float64 they are the float32 values, widened.
     * Non-persistent buffers (rotary frequencies, scales) are in no checkpoint: they are what the model's own
-      constructor computes under that default dtype, which is what any loader has to arrive at.
+      constructor computes under that default dtype and, where its initialisation fills them, what that computes
+      in float32. Any loader has to arrive at the same.
 
     Raises:
         UsageError: see `resolve`.
@@ -93,9 +95,14 @@ def build_model(spec: ModelSpec, *, seed: int, dtype: torch.dtype = torch.float3
     config, model_class = resolve(spec)
     model = _construct(model_class, config, seed, torch.float32)
     perturb(model, seed)
+    with seeded(seed, torch.float32):
+        adapter.initialize_over(model)
     if dtype != torch.float32:
         config, model_class = resolve(spec)
-        _convert(model, _construct(model_class, config, seed, dtype), dtype)
+        skeleton = _construct(model_class, config, seed, dtype)
+        with seeded(seed, torch.float32):
+            adapter.initialize_over(skeleton)
+        _convert(model, skeleton, dtype)
     prepare_dtype(model, dtype)
     return model.train()
 

@@ -6,6 +6,8 @@ itself, on the meta device or in memory.
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 from torch import nn
@@ -26,15 +28,20 @@ def module_tree(model: nn.Module) -> dict[str, Any]:
     Returns:
         ``parameters``: FQN -> ``shape``, ``dtype``, ``requires_grad``, ``aliases`` (further FQNs of the same
         object); ``modules``: FQN -> class name, in registration order; ``blocks``: FQNs of the outermost
-        repeated blocks; ``embedding``, ``head``: FQN or ``""``; ``norms``: FQNs of the final norm modules.
+        repeated blocks; ``embedding``, ``head``: FQN or ``""``; ``norms``: FQNs of the final norm modules. An
+        embedding or head whose weight is read by the forward of a module around it is ``""`` too: it cannot be
+        an FSDP unit, since only its own forward would gather it.
     """
     modules = {name: type(module).__name__ for name, module in model.named_modules()}
     blocks = find_blocks(model)
     names = {id(module): name for name, module in model.named_modules()}
-    embedding = _embedding(model, "get_input_embeddings", names)
-    head = _embedding(model, "get_output_embeddings", names)
+    parameters = describe_parameters(model)
+    embedding, head = (
+        "" if read_from_outside(model, parameters, name) else name
+        for name in (_embedding(model, f"get_{side}_embeddings", names) for side in ("input", "output"))
+    )
     return {
-        "parameters": describe_parameters(model),
+        "parameters": parameters,
         "modules": modules,
         "blocks": blocks,
         "embedding": embedding,
@@ -61,6 +68,29 @@ def describe_parameters(model: nn.Module) -> dict[str, dict[str, Any]]:
     return result
 
 
+def read_from_outside(model: nn.Module, parameters: dict[str, dict[str, Any]], module: str) -> bool:
+    """Return whether a forward further out reads what ``module`` directly holds, or what that is tied to.
+
+    Told from the source of the forwards: ``self.embed_tokens.weight[pad]``. Facts such as ``.dtype`` do not count.
+    """
+    groups = [[name, *facts["aliases"]] for name, facts in parameters.items()]
+    tied = [group for group in groups if module and any(name.rpartition(".")[0] == module for name in group)]
+    for parts in (name.split(".") for group in tied for name in group):
+        for depth in range(len(parts) - 1):  # the last part is read by the holder's own forward: "self.weight"
+            path = re.escape(".".join(parts[depth:]))
+            source = _forward_source(model.get_submodule(".".join(parts[:depth])))
+            if re.search(rf"self\.{path}\b(?!\.(dtype|device|shape)\b)", source):
+                return True
+    return False
+
+
+def _forward_source(module: nn.Module) -> str:
+    try:
+        return inspect.getsource(inspect.unwrap(type(module).forward))
+    except (OSError, TypeError):  # made at run time
+        return ""
+
+
 def find_blocks(model: nn.Module) -> list[str]:
     """Return the FQNs of the outermost repeated blocks.
 
@@ -77,8 +107,17 @@ def find_blocks(model: nn.Module) -> list[str]:
         if not layers and len(items) >= 2 and all(_is_composite(item) for item in items):
             layers = items
         chosen = {id(layer) for layer in layers}
-        blocks.extend(f"{name}.{index}" for index, item in enumerate(module) if id(item) in chosen)
+        for index, item in enumerate(module):
+            if id(item) in chosen:
+                blocks.extend(f"{name}.{index}{part}" for part in _gathered_parts(item))
     return blocks
+
+
+def _gathered_parts(block: nn.Module) -> list[str]:
+    """Return ``[""]``, or the parts of a reversible block: backward runs them again, without the block's forward."""
+    if not hasattr(block, "backward_pass"):
+        return [""]
+    return [f".{name}" for name, part in block.named_children() if next(part.parameters(), None) is not None]
 
 
 def manual_plan(tree: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +161,7 @@ def frozen_subset(tree: dict[str, Any]) -> list[str]:
 
 
 def _pattern(block: str) -> str:
-    return block.rpartition(".")[0] + ".*"
+    return re.sub(r"\.\d+(?=\.[^.]+$|$)", ".*", block)
 
 
 def _is_composite(module: nn.Module) -> bool:
@@ -163,7 +202,7 @@ def _final_norms(model: nn.Module, blocks: list[str], taken: set[str]) -> list[s
     """Return norm modules that are siblings of the last block list and registered after it."""
     if not blocks:
         return []
-    list_name = blocks[-1].rpartition(".")[0]
+    list_name = re.sub(r"\.\d+(\.[^.]+)?$", "", blocks[-1])
     parent_name, _, own = list_name.rpartition(".")
     parent = model.get_submodule(parent_name)
     names = [name for name, _ in parent.named_children()]
@@ -172,7 +211,8 @@ def _final_norms(model: nn.Module, blocks: list[str], taken: set[str]) -> list[s
         module = parent.get_submodule(child)
         name = f"{parent_name}.{child}" if parent_name else child
         looks = "norm" in child.lower() or "norm" in type(module).__name__.lower() or child == "ln_f"
-        if looks and name not in taken and next(module.parameters(), None) is not None:
+        one = not isinstance(module, (nn.ModuleList, nn.ModuleDict))  # a list holds the norms of the blocks
+        if looks and one and name not in taken and next(module.parameters(), None) is not None:
             norms.append(name)
     named = [name for name in norms if name.rpartition(".")[2] in FINAL_NORMS]
     return named or norms

@@ -6,9 +6,11 @@ Seen in torch 2.13.0 and transformers 5.23.0; `tests/reference/test_reference_ad
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import weakref
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,17 +19,19 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 # torch.utils._python_dispatch: the underscore is historical, the class is documented in torch's dispatcher notes
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import core_model_loading as _core
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.distributed import is_fsdp_enabled
 
 __all__ = [
     "TorchDispatchMode",
+    "TwinGroups",
     "apply_renamings",
     "changed_dims",
     "construct",
@@ -45,9 +49,9 @@ __all__ = [
     "seen_versions",
     "split_transforms",
     "stacks_rows",
+    "tied_names",
     "tied_patterns",
-    "tree_flatten",
-    "tree_map_only",
+    "unstacks_rows",
     "waits_for_rank0",
     "written_arguments",
 ]
@@ -69,6 +73,46 @@ def forget_meshes() -> None:
 
 #: The process group that DTensor's memory is about.
 _world: weakref.ref[Any] | None = None
+
+
+class TwinGroups:
+    """Groups of their own for parameters whose dtype is not the most common one of their unit.
+
+    FSDP2 reduces the gradients of a unit as one buffer of one dtype. It divides a unit's parameters by the process
+    group of their mesh, so a second process group over the same ranks gives them a buffer of their own.
+    """
+
+    def __init__(self, mesh: Any) -> None:
+        self.mesh = mesh
+        self.infos: dict[torch.dtype, FSDPMeshInfo] = {}
+
+    def placements(self, modules: Iterable[str], model: nn.Module) -> Callable[[nn.Parameter], Any] | None:
+        """Return the ``shard_placement_fn`` of the next unit; ``None`` where it has one dtype. Children come first.
+
+        Makes process groups where it is not ``None``; all ranks of the mesh have to call it alike.
+        """
+        # units inside hold sharded parameters already
+        own = {p for name in modules for p in model.get_submodule(name).parameters() if not isinstance(p, DTensor)}
+        sizes: Counter[torch.dtype] = Counter()
+        for parameter in own:
+            sizes[parameter.dtype] += parameter.numel()
+        rare = sorted(sizes, key=lambda dtype: (-sizes[dtype], str(dtype)))[1:]
+        if not rare:
+            return None
+        for dtype in rare:
+            if dtype not in self.infos:
+                self.infos[dtype] = self._twin()
+        chosen = {dtype: ShardPlacementResult(placement=None, mesh_info=self.infos[dtype]) for dtype in rare}
+        return lambda parameter: chosen.get(parameter.dtype)
+
+    def _twin(self) -> FSDPMeshInfo:
+        if self.mesh.ndim == 1:
+            info = FSDPMeshInfo(self.mesh, shard_mesh_dim=0)
+        else:
+            info = HSDPMeshInfo(self.mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+        ranks = dist.get_process_group_ranks(info.shard_process_group)
+        info.shard_process_group = dist.new_group(ranks, use_local_synchronization=True)
+        return info
 
 
 def construct(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
@@ -161,6 +205,11 @@ def stacks_rows(op: Any) -> bool:
     return type(op) is _core.MergeModulelist and op.dim == 0
 
 
+def unstacks_rows(op: Any) -> bool:
+    """Return whether ``op`` makes a tensor of each row (dim 0), in order, and all of one tensor before the next."""
+    return type(op) is _core.SplitModulelist and op.dim == 0
+
+
 def changed_dims(op: Any) -> set[int] | None:
     """Return the tensor dims that ``op`` rearranges; ``None`` when that is not known."""
     if type(op) in (_core.Concatenate, _core.Chunk, _core.Split, _core.Interleave):
@@ -191,6 +240,11 @@ def tied_patterns(model: nn.Module) -> list[str]:
     return patterns
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return parameter name -> the name whose value it shares, as the model and its config have it."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def waits_for_rank0() -> bool:
     """Return whether transformers reads the environment as: only a node's first rank loads weights."""
     return bool(is_fsdp_enabled())
@@ -198,13 +252,21 @@ def waits_for_rank0() -> bool:
 
 def written_arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the arguments that an operator changes in place; some (foreach) do not return them."""
-    arguments = function._schema.arguments
-    named = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+    written = _written_names(function)
     return [
-        named[argument.name]
-        for argument in arguments
-        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in named
+        kwargs[name] if name in kwargs else args[index]
+        for index, name in written
+        if name in kwargs or index < len(args)
     ]
+
+
+@functools.cache
+def _written_names(function: Any) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(function._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
 def seen_versions() -> dict[str, str]:

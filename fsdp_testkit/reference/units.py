@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,24 +12,19 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fsdp_testkit.reference import adapter
 from fsdp_testkit.reference.errors import PlanError
+from fsdp_testkit.reference.grouping import Grouping, Unit, inside
 from fsdp_testkit.reference.plan import ModuleOptions, Plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """One ``fully_shard`` group: the modules' names (``("",)`` is the root) and their options."""
-
-    modules: tuple[str, ...]
-    options: ModuleOptions
+from fsdp_testkit.reference.readers import outermost_reader
 
 
 def resolve(plan: Plan, model: nn.Module) -> list[Unit]:
     """Return the units of ``model``, children before parents and the root last.
 
-    Every parameter belongs to exactly one unit and every unit has one parameter dtype: modules that share a
-    parameter are put in one unit, and modules whose parameters have another dtype than the rest of their unit
-    (kept in fp32) become units of their own.
+    Every parameter belongs to exactly one unit. Modules that share a parameter are put in one unit; a module that
+    is used inside of several units is a unit of its own, and so is one whose parameters have another dtype than
+    the rest of its unit (kept in fp32). What a forward further out reads itself stays in the unit of that forward.
 
     Args:
         plan: the plan.
@@ -38,14 +32,21 @@ def resolve(plan: Plan, model: nn.Module) -> list[Unit]:
 
     Raises:
         PlanError: a pattern matches nothing, matches a bare container, or options of modules that have to be
-            one unit contradict each other; or a module directly holds parameters of several dtypes.
+            one unit contradict each other; or a module directly holds parameters that mixed precision leaves out
+            beside others.
     """
     wanted, together = _auto(model) if plan.mode == "auto" else (_manual(plan, model), [])
-    root = wanted.pop("", ModuleOptions())
-    grouping = _Grouping(model, wanted)
+    wanted = {name: options.with_defaults(plan.options) for name, options in wanted.items()}
+    root = wanted.pop("", plan.options)
+    grouping = Grouping(model, wanted, plan.options.mixed_precision)
+    grouping.split_shared()
     grouping.merge_tied()
-    dtypes = {p.dtype for name in together for p in model.get_submodule(name).parameters()}
-    for name in together if len(dtypes) == 1 else ():
+    kinds = {
+        grouping.kind(f"{name}.{inner}", parameter)
+        for name in together
+        for inner, parameter in model.get_submodule(name).named_parameters()
+    }
+    for name in together if len(kinds) == 1 else ():
         grouping.join(together[0], name)
     grouping.split_dtypes(root)
     units = grouping.units()
@@ -55,6 +56,7 @@ def resolve(plan: Plan, model: nn.Module) -> list[Unit]:
 def apply(units: list[Unit], model: nn.Module, mesh: Any) -> None:
     """Call ``fully_shard`` on every unit of ``model`` (on meta) over ``mesh``."""
     mixed_root = units[-1].options.mixed_precision is not None
+    twins = adapter.TwinGroups(mesh)
     for unit in units:
         modules = [model.get_submodule(name) for name in unit.modules]
         options = unit.options
@@ -72,6 +74,8 @@ def apply(units: list[Unit], model: nn.Module, mesh: Any) -> None:
             arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
         else:
             arguments["offload_policy"] = OffloadPolicy()
+        if (placements := twins.placements(unit.modules, model)) is not None:
+            arguments["shard_placement_fn"] = placements
         fully_shard(
             modules if len(modules) > 1 else modules[0],
             mesh=mesh,
@@ -85,14 +89,16 @@ def _auto(model: nn.Module) -> tuple[dict[str, ModuleOptions], list[str]]:
     names = {module: name for name, module in model.named_modules()}
     free, keep = ModuleOptions(reshard_after_forward=True), ModuleOptions(reshard_after_forward=False)
     wanted: dict[str, ModuleOptions] = {}
-    embedding = _call(model, "get_input_embeddings")
-    head = _call(model, "get_output_embeddings")
+    embedding, head = (_gathered(model, names, f"get_{side}_embeddings") for side in ("input", "output"))
     lists = block_lists(model)
     for name in lists:
         for index, block in enumerate(model.get_submodule(name)):
-            if any(True for _ in block.parameters()):
-                wanted[f"{name}.{index}"] = free
-    if embedding in names and not _inside(names[embedding], wanted):
+            # a reversible block runs its parts, not itself, once more in backward
+            parts = [f".{part}" for part, _ in block.named_children()] if hasattr(block, "backward_pass") else [""]
+            for whole in (f"{name}.{index}{part}" for part in parts):
+                if any(True for _ in model.get_submodule(whole).parameters()):
+                    wanted[whole] = free
+    if embedding in names and not inside(names[embedding], wanted):
         wanted |= dict.fromkeys(_wrappable(names[embedding], embedding), free)
     tail: list[str] = []
     if head in names and head is not model:
@@ -115,7 +121,7 @@ def block_lists(model: nn.Module) -> list[str]:
     """Return the names of the outermost ``ModuleList``s that hold the model's repeated blocks."""
     found: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or _inside(name, found):
+        if not isinstance(module, nn.ModuleList) or inside(name, found):
             continue
         classes = Counter(type(item) for item in module)
         layers = bool(classes) and all(issubclass(cls, GradientCheckpointingLayer) for cls in classes)
@@ -168,117 +174,18 @@ def _manual(plan: Plan, model: nn.Module) -> dict[str, ModuleOptions]:
     return wanted
 
 
-class _Grouping:
-    """Modules that become units, and which of them belong together."""
-
-    def __init__(self, model: nn.Module, wanted: dict[str, ModuleOptions]) -> None:
-        self.model = model
-        self.options = dict(wanted)
-        self.group = {name: name for name in wanted}
-
-    def owner(self, module: str) -> str | None:
-        """Return the wanted module that manages the parameters directly held by ``module``."""
-        while module:
-            if module in self.group:
-                return module
-            module = module.rpartition(".")[0]
+def _gathered(model: nn.Module, names: dict[nn.Module, str], method: str) -> Any:
+    """Return an embedding if its own forward, and that of all it is tied to, is what gathers its weight."""
+    module = _call(model, method)
+    weight = getattr(module, "weight", None)
+    places = [other for other in names if module in names and (other is module or _holds(other, weight))]
+    if any(outermost_reader(model, names[place], anywhere=False) is not None for place in places if names[place]):
         return None
-
-    def holder(self, parameter: str) -> str:
-        """Return the innermost module around a parameter that has a forward, since that is what gathers a unit."""
-        module = parameter.rpartition(".")[0]
-        while module and type(self.model.get_submodule(module)).forward is nn.Module.forward:
-            module = module.rpartition(".")[0]
-        return module
-
-    def add(self, module: str, options: ModuleOptions) -> None:
-        self.options[module] = options
-        self.group[module] = module
-
-    def join(self, first: str, second: str) -> None:
-        old, new = self.group[second], self.group[first]
-        self.group = {name: new if root == old else root for name, root in self.group.items()}
-
-    def merge_tied(self) -> None:
-        holders: dict[int, list[str]] = defaultdict(list)
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            holders[id(parameter)].append(self.holder(name))
-        for modules in holders.values():
-            owners = [self.owner(module) for module in modules]
-            if len(set(owners)) == 1:
-                continue
-            first = next(owner for owner in owners if owner is not None)
-            for module, owner in zip(modules, owners, strict=True):
-                if owner is None:
-                    # only the holder itself joins, the rest of the root stays where it is
-                    self.add(module, self.options[first])
-                self.join(first, module if owner is None else owner)
-
-    def split_dtypes(self, root: ModuleOptions) -> None:
-        """Make units of modules whose parameters have another dtype than the unit they would be part of."""
-        sizes: dict[str | None, Counter[torch.dtype]] = defaultdict(Counter)
-        direct: dict[str, torch.dtype] = {}
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue  # only gradients are reduced as one buffer
-            module = self.holder(name)
-            if direct.setdefault(module, parameter.dtype) != parameter.dtype:
-                dtypes = sorted(map(str, {direct[module], parameter.dtype}))
-                raise PlanError(f"module {module!r} holds parameters of several dtypes: {dtypes}")
-            sizes[self.unit_of(module)][parameter.dtype] += parameter.numel()
-        dtype = {unit: counter.most_common()[0][0] for unit, counter in sizes.items()}
-        for module in (name for name, _ in self.model.named_modules() if name in direct):  # parents first
-            unit = self.unit_of(module)
-            if dtype.get(unit) == direct[module]:
-                continue
-            if module and module not in self.group:
-                options = root if unit is None else self.options[unit]
-                # gathered by a forward of its own; a cast is not what keeping a dtype asks for
-                self.add(module, replace(options, reshard_after_forward=None, mixed_precision=None))
-            elif sum(other == unit for other in self.group.values()) > 1:
-                raise PlanError(f"module {module!r} has another dtype than the modules that share its parameters")
-            # the unit's own module decides: what lies inside with another dtype leaves it
-            dtype[self.unit_of(module)] = direct[module]
-
-    def unit_of(self, module: str) -> str | None:
-        """Return the name of the group that manages what ``module`` directly holds; ``None`` is the root."""
-        owner = self.owner(module)
-        return None if owner is None else self.group[owner]
-
-    def units(self) -> list[Unit]:
-        members: dict[str, list[str]] = defaultdict(list)
-        for name, root in self.group.items():
-            members[root].append(name)
-        order = {name: index for index, (name, _) in enumerate(self.model.named_modules(remove_duplicate=False))}
-        units = []
-        for names in members.values():
-            chosen = [self.options[name] for name in names]
-            if len({replace(options, reshard_after_forward=None) for options in chosen}) > 1:
-                raise PlanError(f"modules {sorted(names)} share parameters and need the same options")
-            styles = {options.reshard_after_forward for options in chosen}
-            # what is kept for one of them is kept for all
-            style = False if False in styles else True if True in styles else None
-            outer = sorted((name for name in names if not _inside(name, names)), key=order.__getitem__)
-            units.append(Unit(modules=tuple(outer), options=replace(chosen[0], reshard_after_forward=style)))
-        return _children_first(sorted(units, key=lambda unit: order[unit.modules[0]]))
+    return module
 
 
-def _children_first(units: list[Unit]) -> list[Unit]:
-    """Return the units so that each comes after all that lie inside one of its modules."""
-    left, done = list(units), []
-    while left:
-        free = [
-            u for u in left if not any(_inside(n, u.modules) for other in left if other is not u for n in other.modules)
-        ]
-        if not free:
-            raise PlanError(f"units {[unit.modules for unit in left]} lie inside each other")
-        done += free
-        left = [unit for unit in left if unit not in free]
-    return done
-
-
-def _inside(name: str, others: Any) -> bool:
-    return any(name.startswith(f"{other}.") for other in others if other)
+def _holds(module: nn.Module, weight: Any) -> bool:
+    return weight is not None and any(item is weight for item in module.parameters(recurse=False))
 
 
 def _call(model: nn.Module, method: str) -> Any:

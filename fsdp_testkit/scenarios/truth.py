@@ -133,6 +133,8 @@ def play(case: Case, model: nn.Module, before_step: BeforeStep | None = None) ->
                 evaluate(model, micro_batches(case, config, model_class, rank=rank, step=step + EVALUATION))
                 for rank in range(case.layout.world_size)
             ]
+    reached = {name for names in facts["gradients"].values() for name in names}
+    tree["idle"] = [name for name, item in model.named_parameters() if item.requires_grad and name not in reached]
     observe.observe_tensors(model.named_parameters(), evidence, "final/")
     observe.observe_optimizer(model, optimizer, evidence)
     return evidence
