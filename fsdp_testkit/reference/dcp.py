@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fsdp_testkit.reference import adapter, folders
 from fsdp_testkit.reference.errors import LoadError, SaveError
+from fsdp_testkit.reference.sources import Source
 
 METADATA = ".metadata"
 
@@ -87,16 +90,30 @@ def single_process() -> Iterator[None]:
         yield
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write ``tensors`` to a DCP folder; all ranks together if there is a process group.
+class _Planner(DefaultSavePlanner):  # type: ignore[misc]  # torch's classes are untyped here
+    """Fetches offloaded tensors when their turn to be written comes, one at a time."""
+
+    def __init__(self, fetch: dict[str, Callable[[], torch.Tensor]]) -> None:
+        super().__init__()
+        self._fetch = fetch
+
+    def lookup_object(self, index: Any) -> Any:
+        """Return the tensor of a write item."""
+        return self._fetch[index.fqn]() if index.fqn in self._fetch else super().lookup_object(index)
+
+
+def write(folder: Path, sources: dict[str, Source], *, durable: bool) -> None:
+    """Write tensors to a DCP folder; all ranks together if there is a process group.
 
     Raises:
         SaveError: a rank could not write; all ranks raise.
     """
-    writer = dist_checkpoint.FileSystemWriter(folder)
+    writer = dist_checkpoint.FileSystemWriter(folder, sync_files=durable)
+    tensors = {name: source.tensor.detach() for name, source in sources.items()}
+    planner = _Planner({name: source.fetch for name, source in sources.items() if source.fetch is not None})
     try:
         with single_process():
-            dist_checkpoint.save(tensors, storage_writer=writer, no_dist=not folders.distributed())
+            dist_checkpoint.save(tensors, storage_writer=writer, planner=planner, no_dist=not folders.distributed())
     except dist_checkpoint.CheckpointException as error:  # a BaseException, which no caller expects
         raise SaveError(f"{folder} cannot be written as a DCP checkpoint: {error}") from error
 
@@ -122,9 +139,23 @@ class DcpCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shapes = {
-            name: tuple(entry.size) for name, entry in Reader(folder).read_metadata().state_dict_metadata.items()
-        }
+        entries = Reader(folder).read_metadata().state_dict_metadata
+        self.shapes = {name: tuple(entry.size) for name, entry in entries.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
+        self.digest = zlib.crc32((folder / METADATA).read_bytes())
+
+    def table(self) -> list[Any]:
+        """Return what another process needs to know of the checkpoint without opening it: plain data."""
+        return [[name, str(self.dtypes[name]), list(shape)] for name, shape in self.shapes.items()]
+
+    @classmethod
+    def described(cls, folder: Path, table: list[Any]) -> DcpCheckpoint:
+        """Return a checkpoint that is known by its `table` alone: it has names, dtypes and shapes, and no data."""
+        made = cls.__new__(cls)
+        made.folder, made.digest = folder, 0
+        made.shapes = {name: tuple(shape) for name, _, shape in table}
+        made.dtypes = {name: getattr(torch, dtype.removeprefix("torch.")) for name, dtype, _ in table}
+        return made
 
     @property
     def names(self) -> set[str]:

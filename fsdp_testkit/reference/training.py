@@ -17,29 +17,59 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from fsdp_testkit.reference import dcp, folders, plainjson
+from fsdp_testkit.reference import dcp, disk, folders, plainjson
 from fsdp_testkit.reference.errors import LoadError, TrainingStateError
+from fsdp_testkit.reference.sources import Source
 
 FORMAT = 1
-STATE = "training.json"
+STATE = folders.TRAINING_STATE
 logger = logging.getLogger(__name__)
 
 
-def save_training(model: Any, optimizer: Any, scheduler: Any, folder: str | Path) -> None:
+def save_training(model: Any, optimizer: Any, scheduler: Any, folder: str | Path, *, durable: bool = True) -> None:
     """Save what is needed, beside the weights, to resume training. Every rank must call this.
+
+    `save_sharded` does the same in one step with the weights, so that they cannot come apart.
 
     Args:
         model: the model whose parameters the optimizer holds.
         optimizer: any `torch.optim.Optimizer` whose state is tensors and plain values.
         scheduler: an object with ``state_dict`` of plain values, or ``None``.
         folder: written is ``folder / "training"``; an older one is replaced as a whole.
+        durable: return when everything is on the disk, see `save_sharded`.
 
     Raises:
         TrainingStateError: the optimizer holds a parameter that is not the model's, or a state that is
             neither tensor nor plain value. All ranks raise.
     """
-    names = _names(model, optimizer)
+    target = Path(folder) / folders.TRAINING
+    with folders.replaced(target, keep=lambda _: False, durable=durable) as partial:
+        write(model, optimizer, scheduler, partial, durable=durable)
+
+
+def write(model: Any, optimizer: Any, scheduler: Any, folder: Path, *, durable: bool) -> None:
+    """Write the files of `save_training` into ``folder``, which is made if missing. Collective."""
+    problem: Exception | None = None
+    content: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
+    try:
+        content = _content(model, optimizer, scheduler, tensors)
+        folder.mkdir(exist_ok=True)
+        disk.write_text(folder / _rng_file(folders.rank()), json.dumps(_rng()), durable=durable)
+    except Exception as error:
+        problem = error
+    folders.agree(problem, TrainingStateError)
+    if tensors:
+        dcp.write(folder, {name: Source(tensor) for name, tensor in tensors.items()}, durable=durable)
+    if folders.rank() == 0:
+        disk.write_text(folder / STATE, json.dumps(content, indent=1), durable=durable)
+        if durable:
+            disk.sync(folder)
+
+
+def _content(model: Any, optimizer: Any, scheduler: Any, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return what is plain, and fill in ``tensors``."""
+    names = _names(model, optimizer)
     values: dict[str, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
@@ -50,7 +80,7 @@ def save_training(model: Any, optimizer: Any, scheduler: Any, folder: str | Path
                 values[name][key] = {"shape": list(value.shape), "dtype": str(value.dtype)}
             else:
                 values[name][key] = {"value": plainjson.encode(value)}
-    content = {
+    return {
         "format": FORMAT,
         "world": folders.world(),
         "optimizer": type(optimizer).__name__,
@@ -59,13 +89,6 @@ def save_training(model: Any, optimizer: Any, scheduler: Any, folder: str | Path
         "scheduler": None if scheduler is None else plainjson.encode(scheduler.state_dict()),
         "scheduler_type": None if scheduler is None else type(scheduler).__name__,
     }
-    target = Path(folder) / folders.TRAINING
-    with folders.replaced(target, keep=lambda _: False) as partial:
-        (partial / _rng_file(folders.rank())).write_text(json.dumps(_rng()), encoding="utf-8")
-        if tensors:
-            dcp.write(partial, tensors)
-        if folders.rank() == 0:
-            (partial / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def load_training(model: Any, optimizer: Any, scheduler: Any, folder: str | Path, *, rng: str = "auto") -> None:
