@@ -12,7 +12,7 @@ from fsdp_testkit.ranks.harness import DEFAULT_PRELOAD, Harness
 from fsdp_testkit.ranks.hosts import Hosts
 from fsdp_testkit.ranks.job import Job, JobFailure, JobReport, RankReply, pick_comm
 from fsdp_testkit.ranks.rank import RankContext
-from fsdp_testkit.ranks.slots import LeasedSlots, SlotBroker, Slots, cores
+from fsdp_testkit.ranks.slots import Lease, LeasedSlots, SlotBroker, Slots, cores
 
 __all__ = [
     "DEFAULT_PRELOAD",
@@ -21,6 +21,7 @@ __all__ = [
     "Job",
     "JobFailure",
     "JobReport",
+    "Lease",
     "LeasedSlots",
     "RankContext",
     "RankReply",

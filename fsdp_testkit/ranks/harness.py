@@ -18,13 +18,14 @@ from types import TracebackType
 from typing import Any
 
 from fsdp_testkit.core.errors import EnvironmentLacksError, UsageError
+from fsdp_testkit.ranks import gpus as gpu_names
 from fsdp_testkit.ranks import load, recorder
 from fsdp_testkit.ranks.folders import OwnFolder, remove_orphans
 from fsdp_testkit.ranks.hosts import Hosts, HostsLink
 from fsdp_testkit.ranks.job import MAX_DEADLINE, Job, JobReport
 from fsdp_testkit.ranks.link import Link, ServerLink, Store
 from fsdp_testkit.ranks.run import Run
-from fsdp_testkit.ranks.slots import Slots
+from fsdp_testkit.ranks.slots import Lease, Slots
 from fsdp_testkit.ranks.spec import DETAIL
 from fsdp_testkit.ranks.verdict import explain
 
@@ -60,7 +61,8 @@ class Harness:
             a fresh interpreter for each rank. CUDA ranks are always spawned.
         preload: names of modules.
         grace: seconds that the other ranks get after the first failure.
-        slots: where each job first waits for as many slots as it has processes; its deadline starts after that.
+        slots: where each job first waits for as many slots as it has processes, and for GPUs of its own where it
+            runs on them; its deadline starts after that.
         scale_deadlines: multiply deadlines on a loaded machine, by at most 5; see `load`.
         hosts: agents that start the ranks, on other machines or on this one; ``None`` starts them here.
 
@@ -190,7 +192,10 @@ class Harness:
 
     def _run(self, job: Job, identity: str, attempt: int) -> JobReport:
         self._ready(job)
-        with nullcontext("") if self.slots is None else self.slots.lease(job.processes) as problem:
+        gpus = job.processes if job.device == "cuda" else 0
+        with nullcontext(Lease()) if self.slots is None else self.slots.lease(job.processes, gpus) as lease:
+            if lease.gpus:
+                job = replace(job, env={gpu_names.VARIABLE: ",".join(lease.gpus), **job.env})
             if self.scale_deadlines and attempt == 0:
                 self._measure()
             scale, seconds = 1.0, None
@@ -202,8 +207,8 @@ class Harness:
             store = self._meet(job, link)
             scaled = replace(job, deadline=min(MAX_DEADLINE, job.deadline * scale))
             report = self._attempt(scaled, identity, attempt, link, store)
-        if problem:
-            report.notes.append(problem)
+        if lease.problem:
+            report.notes.append(lease.problem)
         if scale > 1 and report.failure is not None and report.failure.kind == "hang":
             report.failure.text = f"{load.remark(job.deadline, scale, seconds)}\n\n{report.failure.text}"
         return report

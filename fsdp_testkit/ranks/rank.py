@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from fsdp_testkit.ranks import recorder
+from fsdp_testkit.ranks.gpus import device_index
 
 #: Bytes of a reply. Evidence belongs in files in `RankContext.folder`.
 REPLY_LIMIT = 1 << 20
@@ -171,9 +172,7 @@ def _join(raw: dict[str, Any], rank: int) -> RankContext:
         if device == "cpu":
             torch.set_num_threads(1)
         else:
-            if torch.cuda.device_count() == 0:
-                raise RuntimeError("device='cuda' was asked for, and this rank sees no GPU")
-            index = raw["local_ranks"][rank] % torch.cuda.device_count()
+            index = device_index(raw["local_ranks"][rank], torch.cuda.device_count())
             torch.cuda.set_device(index)
             device = f"cuda:{index}"
     if raw["store_port"]:

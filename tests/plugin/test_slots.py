@@ -18,7 +18,8 @@ def test_lease(request, number):
     if slots is None:
         problem = "none"
     else:
-        with slots.lease(1000) as problem:
+        with slots.lease(1000, 1) as lease:
+            problem = lease.problem + " ".join(lease.gpus)
             with open("spans", "a") as file:
                 file.write(f"{time.monotonic()} ")
                 time.sleep(0.2)
@@ -35,6 +36,16 @@ def test_workers_lease_from_the_controller(project: Project, slots: str) -> None
     lines = [line.split("|") for line in (project.path / "problems").read_text().splitlines()]
     assert [problem for problem, _ in lines] == [""] * 4
     assert len({pid for _, pid in lines}) == 2
+    spans = sorted([float(text) for text in line.split()] for line in (project.path / "spans").read_text().splitlines())
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), spans
+
+
+def test_gpus_are_shared_where_cores_are_not(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5ad")
+    project.pytester.makepyfile(TESTS)
+    project.run("-n", "2").assert_outcomes(passed=4)
+    lines = [line.split("|") for line in (project.path / "problems").read_text().splitlines()]
+    assert [name for name, _ in lines] == ["GPU-5ad"] * 4
     spans = sorted([float(text) for text in line.split()] for line in (project.path / "spans").read_text().splitlines())
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), spans
 
