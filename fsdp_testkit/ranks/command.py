@@ -57,7 +57,7 @@ def run_agent(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--ranks={arguments.ranks!r} must be an integer of at least 1")
     if arguments.join:
         return _join(arguments)
-    address, port = parse_address(arguments.listen)
+    address, port = parse_address(arguments.listen, least=0)  # 0: the system chooses
     options = AgentOptions(
         address=address,
         port=port,

@@ -57,6 +57,8 @@ class Hosts:
     addresses: Sequence[str]
     secret: bytes = field(repr=False)
     exact: bool = False
+    #: What is changed from here on, such as by a fixture, reaches the ranks; the rest is each host's own.
+    env: dict[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
     #: Found by `find`: address, host's name and number of ranks of each agent.
     agents: list[tuple[tuple[str, int], str, int]] = field(default_factory=list)
 
@@ -110,26 +112,28 @@ class Hosts:
         return [(name, ranks) for _, name, ranks in self.find()]
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of ``host`` or ``host:port``.
+def parse_address(text: str, *, least: int = 1) -> tuple[str, int]:
+    """Return host and port of ``host`` or ``host:port``; ``least`` is the lowest port.
 
     Raises:
         UsageError: it has another form.
     """
     host, colon, port = text.strip().partition(":")
-    if not host or (colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
+    if not host or (colon and not (port.isascii() and port.isdigit() and least <= int(port) < 65536)):
         raise UsageError(f"host={text!r} must look like name, name:port or 10.0.0.1:{DEFAULT_PORT}")
     return host, int(port) if colon else DEFAULT_PORT
 
 
-def greet(address: tuple[str, int], secret: bytes, end: float) -> tuple[Wire, dict[str, Any]]:
+def greet(address: tuple[str, int], secret: bytes, end: float, name: str = "") -> tuple[Wire, dict[str, Any]]:
     """Connect to an agent, until ``end`` on the clock of ``time.monotonic``; return the connection and who it is.
+
+    ``name`` is its host's, where that is known.
 
     Raises:
         EnvironmentLacksError: it cannot be reached, or has other versions.
         UsageError: it refuses this pytest.
     """
-    shown = f"the agent at {address[0]}:{address[1]}"
+    shown = f"host {name} ({address[0]}:{address[1]})" if name else f"the agent at {address[0]}:{address[1]}"
     while True:
         try:
             link = socket.create_connection(address, timeout=max(0.5, min(CONNECT_LIMIT, end - time.monotonic())))
@@ -221,7 +225,6 @@ class HostsLink:
         self.places: list[tuple[int, Place]] = []
         self.queue: deque[dict[str, Any]] = deque()
         self.selector = selectors.EpollSelector()
-        self.env = dict(os.environ)
         # readable while the queue holds something, also where it came in while something else was waited for
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.selector.register(self.bell, selectors.EVENT_READ, None)
@@ -243,9 +246,10 @@ class HostsLink:
         end = time.monotonic() + (PATIENCE if known else FIRST_PATIENCE)
         token = secrets.token_hex(16)
         (self.folder / TOKEN).write_text(token)
-        for index, (address, _, _) in enumerate(self.hosts.find()):
-            wire, hello = greet(address, self.hosts.secret, end)
-            self.agents.append(_Agent(index, str(hello["name"]), address, wire))
+        for index, (address, name, _) in enumerate(self.hosts.find()):
+            wire, _ = greet(address, self.hosts.secret, end, name)
+            self.agents.append(_Agent(index, name, address, wire))
+            self.selector.register(wire.socket, selectors.EVENT_READ, self.agents[-1])
         self._check_addresses()
         try:
             self._open(token)
@@ -268,9 +272,8 @@ class HostsLink:
         }
         self.problems = []
         for agent in self.agents:
-            agent.wire.send({"serve": True})
-            agent.wire.send({"open": request})
-            self.selector.register(agent.wire.socket, selectors.EVENT_READ, agent)
+            self._send(agent, {"serve": True})
+            self._send(agent, {"open": request})
             # one after the other until the folder is there: two agents of one host must not both carry files
             self._wait(agent, "rooted", START_LIMIT)
         for agent in self.agents:
@@ -370,8 +373,8 @@ class HostsLink:
     def _changed(self, spec: dict[str, Any]) -> dict[str, Any]:
         """Return what the job and this session change in the environment: the rest is each host's own."""
         now = spec["env"]
-        changes: dict[str, Any] = {name: value for name, value in now.items() if self.env.get(name) != value}
-        changes |= dict.fromkeys(name for name in self.env if name not in now)
+        changes: dict[str, Any] = {name: value for name, value in now.items() if self.hosts.env.get(name) != value}
+        changes |= dict.fromkeys(name for name in self.hosts.env if name not in now)
         changes.pop("GLOO_SOCKET_IFNAME", None)  # this machine's
         changes["WORLD_SIZE"] = str(spec["world_size"])
         changes.update(spec["job_env"])
@@ -543,7 +546,7 @@ class HostsLink:
     def _tell_loss(self, agent: _Agent) -> None:
         ranks = [rank for rank, seat in self.seats.items() if seat.agent is agent]
         if ranks:
-            self._announce({"lost": ranks, "error": f"{agent} was lost: {agent.lost}"})
+            self._announce({"lost": ranks, "error": f"{agent.lost} ({agent})"})
 
     def _write(self, pipe: _Pipe, data: bytes) -> None:
         pipe.waiting += data

@@ -75,7 +75,7 @@ class Mirror:
             WireError: a path that leaves the folder.
             OSError: it cannot be done here.
         """
-        name = str(message.get("gone") or message.get("made") or message.get("file"))
+        name = str(next(message[kind] for kind in ("gone", "made", "file") if kind in message))
         parts = Path(name).parts
         if not parts or Path(name).is_absolute() or ".." in parts:
             raise WireError(f"it named {name!r}, which is no path inside the folder")
