@@ -93,7 +93,8 @@ def main() -> int:
     if not runs:
         parser.error("--models and --extended are both empty: nothing would run")
     options.folder.mkdir(parents=True, exist_ok=True)
-    rows, wrong = [HEAD], []
+    rows: list[tuple[str, ...]] = [HEAD]
+    wrong: list[str] = []
     for run in runs:
         report = options.folder / run.name
         report.unlink(missing_ok=True)

@@ -96,7 +96,11 @@ def total_lines(rows: Sequence[Result]) -> list[Line]:
         text += f"; largest relative error that passed {number(worst.max_rel_error)}{bound}"
         if worst.max_rel_error:
             text += f", {title(worst)} on {worst.layout}"
-    return [first, [Segment(text)]]
+    lines = [first, [Segment(text)]]
+    if rounded := [row for row in rows if row.extra.get("rounding")]:
+        where = f"{title(rounded[0])} on {rounded[0].layout}"
+        lines.append([Segment(f"{len(rounded)} row{_s(len(rounded))} with rounding only, as float64 shows; {where}")])
+    return lines
 
 
 def _table(rows: Sequence[Result], order: Sequence[str], verbose: bool) -> list[Line]:

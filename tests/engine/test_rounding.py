@@ -1,0 +1,79 @@
+"""Rounding only is reported and does not fail; rounding to a dtype that nobody asked for does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fsdp_testkit.checks.tolerances import ROUNDING_CAP, tolerance
+from fsdp_testkit.core.case import Case, ModelSpec
+from fsdp_testkit.core.finding import Finding, Verdict
+from fsdp_testkit.core.layout import Layout
+from fsdp_testkit.core.result import Result
+from fsdp_testkit.engine.engine import Engine, Settings
+from fsdp_testkit.engine.judge import decide_rounding
+from fsdp_testkit.faults.rounding import HalfPrecision, OtherOrderOfSums
+from fsdp_testkit.reporting.matrix import total_lines
+
+CASE = Case(model=ModelSpec(model_type="llama"), layout=Layout(kind="fsdp", shard=2))
+CAP = ROUNDING_CAP["float32"]
+
+
+def finding(error: float, check: str = "gradients", parameter: str = "head") -> Finding:
+    return Finding(check=check, message="differs", parameter=parameter, max_rel_error=error)
+
+
+@pytest.mark.parametrize(
+    ("error", "exact", "nature", "fails"),
+    [
+        (CAP / 2, [], "rounding", False),
+        (CAP * 2, [], "rounding", True),
+        (CAP / 2, [finding(1e-3)], "logic", True),
+        (CAP / 2, [finding(1e-3, parameter="embedding")], "logic", True),
+        (CAP / 2, [finding(1e-3, check="structure")], "rounding", False),
+    ],
+)
+def test_decision(error: float, exact: list[Finding], nature: str, fails: bool) -> None:
+    verdict = Verdict(findings=[finding(error), finding(error, check="structure")])
+    harmless = decide_rounding(verdict, Verdict(findings=exact), CASE)
+    kept = [item for item in verdict.findings if item.check == "gradients"]
+    assert [item.nature for item in (kept if fails else harmless)] == [nature]
+    assert not (harmless if fails else kept)
+    assert [item.nature for item in verdict.findings if item.check == "structure"] == [""]
+
+
+def test_the_cap_lies_between_fp32_and_narrower_formats() -> None:
+    half = 2.0**-11  # half a unit in the last place of fp16 and TF32
+    bounds = tolerance("float32", "cpu")
+    assert max(bounds.gradient, bounds.weight, bounds.optimizer) < CAP < half / 2
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine(Settings())
+    yield engine
+    engine.close()
+
+
+def run(engine: Engine, fault: type) -> Result:
+    armed = engine.armed(f"{fault.__module__}:{fault.__qualname__}")
+    (row,) = armed.run_test(ModelSpec(model_type="llama"), "auto_vs_ddp", "untied")
+    assert row.extra["fault_hits"] > 0
+    return row
+
+
+def test_another_order_of_sums_is_reported_and_passes(engine: Engine) -> None:
+    row = run(engine, OtherOrderOfSums)
+    assert (row.outcome, row.findings) == ("passed", [])
+    assert {item["nature"] for item in row.extra["rounding"]} == {"rounding"}
+    text = ["".join(segment.text for segment in line) for line in total_lines([row])]
+    assert any("rounding only" in line for line in text)
+
+
+def test_rounding_to_a_narrower_dtype_fails(engine: Engine) -> None:
+    row = run(engine, HalfPrecision)
+    wrong = [item for item in row.findings if item["check"] == "gradients"]
+    assert row.outcome == "failed"
+    assert {item["nature"] for item in wrong} == {"rounding"}
+    assert max(item["max_rel_error"] for item in wrong) < 2.0**-11
