@@ -161,7 +161,6 @@ class NothingRecomputed(Fault):
     story = "the option is accepted and does nothing: memory is what it was"
     test = "checkpointing"
     variant = "default"
-    model = "gpt2"
     checks = ("recomputation",)
 
     def patches(self) -> list[tuple[Any, Any]]:
