@@ -27,10 +27,18 @@ SAMPLE = [
     fault
     for fault in FAULTS
     if fault.__name__
-    in (
-        "ReducedEachTime DividedByTwo ShortTensorsLost NothingRecomputed EvaluationMoves ReducedInBf16 OffloadedLost "
-        "AveragedOverUsers Leak HalfWritten"
-    ).split()
+    in [
+        "ReducedEachTime",
+        "DividedByTwo",
+        "ShortTensorsLost",
+        "NothingRecomputed",
+        "EvaluationMoves",
+        "ReducedInBf16",
+        "OffloadedLost",
+        "AveragedOverUsers",
+        "Leak",
+        "HalfWritten",
+    ]
 ]
 
 
