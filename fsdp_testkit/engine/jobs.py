@@ -145,8 +145,9 @@ class Jobs:
             first,
             target="batch:run",
             args={"parts": [{"target": f"{SCENARIOS}.{o.target}", "args": o.args} for o in orders]},
+            # which ranks have to lie on one host is said by the layout with a replicate axis, if there is one
+            layout=max((order.layout for order in orders), key=lambda layout: layout.kind == "hsdp"),
             name=f"{first.name} and {len(orders) - 1} more",
-            layout=next((order.layout for order in orders if order.layout.kind == "hsdp"), first.layout),
         )
         # a batch takes longer than one job, and is never the last word on a hang
         report = self.harness.run(whole.job(first.deadline * (1 + (len(orders) - 1) / 4)), explain_hangs=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fsdp_testkit.plugin.deadline import marked_deadline
@@ -10,6 +12,13 @@ from fsdp_testkit.plugin.options import is_worker
 
 #: Class -> its items, in the order in which they run.
 _ITEMS = pytest.StashKey[dict[type, list[pytest.Function]]]()
+_GROUPED = "fsdp_testkit_grouped"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of xdist whether all items of a class come to the same one."""
+    node.workerinput[_GROUPED] = node.config.getvalue("dist") == "loadgroup"
 
 
 def company(node: pytest.Item) -> list[tuple[str, str]]:
@@ -22,7 +31,7 @@ def company(node: pytest.Item) -> list[tuple[str, str]]:
     alone = [(cell.test, cell.variant)] if (cell := node.stash.get(CELL, None)) is not None else []
     if not isinstance(node, pytest.Function) or node.cls is None:
         return alone
-    if is_worker(config) and not getattr(config.option, "loadgroup", False):
+    if is_worker(config) and not config.workerinput.get(_GROUPED):  # type: ignore[attr-defined]  # of xdist
         return alone
     if _ITEMS not in config.stash:
         classes: dict[type, list[pytest.Function]] = {}

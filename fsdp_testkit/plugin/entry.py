@@ -16,6 +16,7 @@ PARTS = (
     "header",
     "items",
     "scheduling",
+    "company",
     "sharding",
     "rows",
     "summary",

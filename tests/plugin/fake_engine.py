@@ -20,6 +20,9 @@ class FakeEngine:
         self.options = options
         log("made", options.backend, options.seed, options.deadline)
 
+    def expect(self, spec, cells):
+        log("expect", spec.model_type, ",".join(f"{test}/{variant}" for test, variant in cells))
+
     def run_test(self, spec, test, variant):
         log("run", spec.model_type, test, variant, spec.config_class, spec.model_class, spec.config)
         table = HERE / "outcomes.json"

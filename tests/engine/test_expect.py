@@ -1,0 +1,52 @@
+"""Tests that share ranks find what they find alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fsdp_testkit.core.case import ModelSpec
+from fsdp_testkit.core.result import Result
+from fsdp_testkit.engine.engine import Engine, Settings
+
+SPEC = ModelSpec(model_type="llama")
+CELLS = [("auto_vs_ddp", "tied"), ("save_load", "tied"), ("dcp", "default"), ("buffers_dtypes", "default")]
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = Engine(Settings())
+    yield engine
+    engine.close()
+
+
+def counts(rows: list[Result]) -> list[tuple[str, str, int, int]]:
+    return [(row.layout, row.outcome, row.checks, row.tensors) for row in rows]
+
+
+def test_together_as_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.expect(SPEC, CELLS)
+    together = [engine.run_test(SPEC, *cell) for cell in CELLS]
+    harness = engine._harness
+    assert harness is not None
+    jobs = []
+    run = harness.run
+    monkeypatch.setattr(harness, "run", lambda job, **options: (jobs.append(job.target), run(job, **options))[1])
+    # what was announced is done, and done once
+    alone = [engine.run_test(SPEC, *cell) for cell in CELLS]
+    assert [counts(rows) for rows in together] == [counts(rows) for rows in alone]
+    assert {row.outcome for rows in together for row in rows} == {"passed"}
+    assert all(row.seconds > 0 for rows in together for row in rows)
+    assert not any(target.endswith("batch:run") for target in jobs)
+
+
+def test_what_was_announced_is_run_with_the_first(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [("auto_vs_ddp", "untied"), ("sharding_structure", "untied")]
+    engine.expect(SPEC, cells)
+    engine.run_test(SPEC, *cells[0])
+    assert engine._harness is not None
+    monkeypatch.setattr(engine._harness, "run", lambda *_, **__: pytest.fail("a job was run"))
+    rows = engine.run_test(SPEC, *cells[1])
+    assert len(rows) == 4
+    assert {row.outcome for row in rows} == {"passed"}
