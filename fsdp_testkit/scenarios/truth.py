@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from fsdp_testkit.backends.base import OptimizerConfig
 from fsdp_testkit.core.case import Case
@@ -91,6 +93,9 @@ def play(case: Case, model: nn.Module, before_step: BeforeStep | None = None) ->
     if precision := case.option("mixed_precision"):
         kept = adapter.keeps_float32(model, torch_dtype(precision))
         facts["kept_in_fp32"] = [name for name, _ in model.named_parameters() if kept(name)]
+        for block in tree["blocks"]:
+            cast = partial(cast_inputs, torch_dtype(precision))
+            model.get_submodule(block).register_forward_pre_hook(cast, with_kwargs=True)
     facts["recomputes"] = bool(getattr(model, "supports_gradient_checkpointing", False))
     facts["parameters"] = observe.observe_parameters(model)
     observe.observe_buffers(model, evidence)
@@ -212,6 +217,16 @@ def forward_of(case: Case, model: nn.Module) -> Callable[[Any], Any]:
         return torch.func.functional_call(model, cast, kwargs=batch.inputs)
 
     return mixed
+
+
+def cast_inputs(dtype: torch.dtype, module: nn.Module, arguments: Any, named: Any) -> Any:
+    """Cast the floating point tensors that enter a block, as FSDP2 does where a unit begins."""
+    del module
+
+    def cast(value: torch.Tensor) -> torch.Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
+    return tree_map_only(torch.Tensor, cast, (arguments, named))
 
 
 def evaluate(model: nn.Module, batches: list[Any]) -> list[float]:
