@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,6 @@ from fsdp_testkit.scenarios.common import (
     torch_dtype,
     tree_of,
 )
-
 
 #: Added to the step's number for batches that are evaluated and never trained on.
 EVALUATION = 1000
