@@ -104,6 +104,12 @@ def full_folder(context, rank):
     reduce()
 
 
+def fills_folder(context, rank):
+    if struck(context, rank):
+        (context.folder / "evidence").write_bytes(bytes(4 << 20))
+    reduce()
+
+
 def full_log(context, rank):
     if struck(context, rank):
         full = os.open("/dev/full", os.O_WRONLY)
@@ -203,13 +209,13 @@ def shared_memory(context, rank):
     reduce()
 
 
-def small_mount(path):
+def small_mount(path, options="size=1m"):
     libc = ctypes.CDLL(None, use_errno=True)
     new_mounts, private, recursive = 0x00020000, 1 << 18, 1 << 14
     for done in (
         libc.unshare(new_mounts),
         libc.mount(b"none", b"/", None, private | recursive, None),
-        libc.mount(b"none", path.encode(), b"tmpfs", 0, b"size=1m"),
+        libc.mount(b"none", path.encode(), b"tmpfs", 0, options.encode()),
     ):
         if done:
             raise OSError(ctypes.get_errno(), f"mounting {path}: {os.strerror(ctypes.get_errno())}")
