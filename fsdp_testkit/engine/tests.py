@@ -242,7 +242,7 @@ def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
 
 
 def meta_init(engine: Engine, work: SpecWork) -> list[Outcome]:
-    """What a load allocates and initialises, and its values against truth."""
+    """What a load reads, allocates and initialises, on two ranks and on a 2 x 2 mesh; its values against truth."""
     cases = prepare(engine, work)
     truth = work.truth(cases[0])
     case = replace(auto_case(engine, work, "meta_init"), scenario="meta", steps=0).with_options(poison="garbage")
@@ -251,11 +251,20 @@ def meta_init(engine: Engine, work: SpecWork) -> list[Outcome]:
         case,
         run,
         lambda: (
-            check_meta_init(run.get()).add(check_initial(run.get(), truth, case)).add(check_buffers(run.get(), truth))
+            check_meta_init(run.get(), case.layout, case.backend)
+            .add(check_initial(run.get(), truth, case))
+            .add(check_buffers(run.get(), truth))
         ),
     )
     if not run.failure:
         outcome.extra["load"] = [evidence.facts["load"] for evidence in run.get()]
+    if "hsdp" in capabilities(engine) and not outcome.verdict.findings:
+        twice = replace(case, layout=hsdp_case(engine, work).layout)
+        again = work.cached("meta:run", twice, {"checkpoint": str(work.checkpoint)})
+        found = judged(twice, again, lambda: check_meta_init(again.get(), twice.layout, twice.backend))
+        outcome.verdict.add(found.verdict)
+        if not again.failure:
+            outcome.extra["hsdp_load"] = [evidence.facts["load"] for evidence in again.get()]
     return [outcome]
 
 

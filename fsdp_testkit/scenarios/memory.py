@@ -8,11 +8,16 @@ and are counted apart; once written to, a private mapping's page is anonymous.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import threading
 import time
 from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 STATUS = "/proc/self/status"
 _KINDS = re.compile(rb"Rss(Anon|File|Shmem):\s+(\d+) kB")
@@ -94,3 +99,21 @@ class MemorySampler:
         self.own_reads += len(text)
         kinds = _parse(text)
         return kinds["Anon"] + kinds["Shmem"], kinds["File"]
+
+
+def stray_bytes(model: nn.Module) -> int:
+    """Return the bytes of all live tensors in memory that are no part of ``model``: its parameters and buffers."""
+    own: set[int] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        own.add(_storage(tensor.to_local() if isinstance(tensor, DTensor) else tensor))
+    found: dict[int, int] = {}
+    gc.collect()
+    for item in gc.get_objects():
+        # exact types: wrappers have no memory of their own
+        if type(item) in (torch.Tensor, nn.Parameter) and item.device.type != "meta":
+            found[_storage(item)] = item.untyped_storage().nbytes()
+    return sum(size for storage, size in found.items() if storage not in own)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())

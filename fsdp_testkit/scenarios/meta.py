@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsdp_testkit.core.case import Case
@@ -16,7 +18,10 @@ from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, reply, resolved, torch_dtype
+from fsdp_testkit.scenarios.environment import watching_environment
+from fsdp_testkit.scenarios.memory import MemorySampler, stray_bytes
 from fsdp_testkit.scenarios.poison import poisoned_memory
+from fsdp_testkit.scenarios.reading import counting_reads
 
 #: Namespaces of operators that exchange tensors between ranks.
 COLLECTIVES = ("c10d", "_c10d_functional")
@@ -26,17 +31,29 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     """Load once without observation (imports, caches), then once with it.
 
     Facts: ``load`` with ``allocated`` (bytes of all new storages), ``largest`` and ``gathered`` (bytes, the latter
-    of what collectives return), ``init_calls`` and
-    ``init_elements`` (random or constant initialisation of real memory), ``shard_bytes`` (bytes that this
-    rank keeps), ``model_bytes``.
+    of what collectives return), ``init_calls`` and ``init_elements`` (random or constant initialisation of real
+    memory), ``shard_bytes`` (bytes that this rank keeps), ``model_bytes``, ``read`` (bytes taken out of mapped
+    files), ``read_calls`` (bytes that system calls read), ``checkpoint_bytes`` (of the weight files), ``stray``
+    (bytes of live tensors that the load leaves beside the model), ``memory`` (peak, end and timeline of anonymous
+    and shared pages; see `MemorySampler`), ``environment`` (see `EnvironmentChanges`), ``seconds``.
     """
     parsed = Case.from_json(case)
     evidence = Evidence(rank=context.rank)
     with armed(parsed, context) as backend:
         _, model_class = resolved(parsed.model)
         loaded = Loaded(parsed, backend, Path(checkpoint))
+        del loaded.model
+        stray = stray_bytes(nn.Module())
         poison = poisoned_memory(parsed.option("poison", "nan"))
-        with counting_inits() as inits, AllocationCounter() as counter, poison:
+        with (
+            watching_environment() as environment,
+            counting_reads() as reads,
+            MemorySampler(0.001) as memory,
+            counting_inits() as inits,
+            AllocationCounter() as counter,
+            poison,
+        ):
+            began = time.perf_counter()
             loaded.model = backend.load(
                 Path(checkpoint),
                 model_class=model_class,
@@ -44,6 +61,9 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
                 plan=loaded.plan,
                 dtype=torch_dtype(parsed.dtype),
             )
+            seconds = time.perf_counter() - began
+        stray = stray_bytes(loaded.model) - stray
+        switches = getattr(backend, "switches", {})
     parameters = dict(loaded.model.named_parameters())
     evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
     evidence.facts["load"] = {
@@ -57,6 +77,13 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
         "model_bytes": sum(p.numel() * p.element_size() for p in parameters.values()),
         "buffer_bytes": sum(b.numel() * b.element_size() for b in loaded.model.buffers()),
         "largest_bytes": max(p.numel() * p.element_size() for p in parameters.values()),
+        "read": reads.mapped,
+        "read_calls": reads.calls - memory.own_reads,
+        "checkpoint_bytes": sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors")),
+        "stray": stray,
+        "memory": memory.facts(),
+        "environment": environment.facts(switches) | {"switches": dict(switches)},
+        "seconds": seconds,
     }
     observe.observe_tensors(parameters.items(), evidence, "initial/")
     observe.observe_buffers(loaded.model, evidence)
@@ -73,6 +100,8 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[misc] # torch is unt
         self.gathered = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes again with the local tensors
         result = func(*args, **(kwargs or {}))
         known = {storage for item in flat(args) if (storage := address(item))}
         for item in flat(result):

@@ -12,7 +12,6 @@ import pytest
 
 from fsdp_testkit.checks.compare import chunk_bounds, compare, expected_part
 from fsdp_testkit.checks.files import read_checkpoint, read_safetensors
-from fsdp_testkit.checks.meta import check_meta_init
 from fsdp_testkit.checks.saving import check_reload, trained_weights
 from fsdp_testkit.checks.structure import check_structure, expand_plan, expected_units
 from fsdp_testkit.checks.tolerances import tolerance
@@ -311,30 +310,6 @@ def test_a_truncated_file_is_a_finding(tmp_path: Path) -> None:
     assert any("unreadable" in finding.message for finding in read_checkpoint(tmp_path)[2].findings)
     (tmp_path / "a.safetensors").write_bytes(b"1234")
     assert any("too few" in finding.message for finding in read_checkpoint(tmp_path)[2].findings)
-
-
-# meta init
-
-
-def test_meta_init_judges_inits_and_bytes() -> None:
-    load = {
-        "allocated": 1000,
-        "largest": 10,
-        "init_calls": 0,
-        "init_elements": 0,
-        "init_names": [],
-        "shard_bytes": 1000,
-        "model_bytes": 2000,
-        "buffer_bytes": 0,
-        "largest_bytes": 100,
-    }
-    evidence = Evidence(rank=1, facts={"load": load, "parameters": {"w": {"meta": False}}, "buffers": {}})
-    assert not check_meta_init([evidence]).findings
-    load |= {"init_calls": 2, "init_names": ["normal_", "normal_"], "allocated": 10**6}
-    evidence.facts["buffers"]["b"] = {"meta": True}
-    texts = [finding.message for finding in check_meta_init([evidence]).findings]
-    assert len(texts) == 3
-    assert "2 init calls" in texts[0]
 
 
 def test_an_expert_that_one_rank_never_reaches_is_a_finding() -> None:
