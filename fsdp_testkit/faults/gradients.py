@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -26,10 +27,10 @@ class NoReduce:
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        """Copy the own chunk, scaled so that the later division gives this rank's own gradient."""
-        del op, async_op
+        """Copy the own chunk; where a sum is asked for, scaled so that the later division gives the own gradient."""
+        del async_op
         chunk = input_tensor.view(group.size(), -1)[group.rank()]
-        output_tensor.copy_(chunk.view_as(output_tensor) * group.size())
+        output_tensor.copy_(chunk.view_as(output_tensor) * (1 if op == dist.ReduceOp.AVG else group.size()))
         self.fault.hit()
 
 
