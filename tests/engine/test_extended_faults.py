@@ -1,4 +1,7 @@
-"""Every test of the extended tier is seen red for its own faults, with the fault counted as hit, and green without."""
+"""Every test of the extended tier is seen red for its own faults, with the fault counted as hit, and green without.
+
+By default the cheaper half of the faults runs; ``--fsdp-tier extended`` runs all, and the tests without them.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,7 @@ FAULTS: list[type[Fault]] = [
 ]
 # faults of one model and test share truth and checkpoints
 FAULTS.sort(key=lambda fault: (fault.model, fault.variant, fault.test, fault.__name__))
-#: One for each test; all of them run with ``--fsdp-tier extended``.
 SAMPLE = [
-    extended.AveragedOverUsers,
-    extended.DividedByTwo,
     extended.EvaluationMoves,
     extended.HalfWritten,
     extended.Leak,
@@ -45,11 +45,13 @@ def engine() -> Iterator[Engine]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    faults = FAULTS if metafunc.config.getoption("fsdp_tier") == "extended" else SAMPLE
+    complete = metafunc.config.getoption("fsdp_tier") == "extended"
+    faults = FAULTS if complete else SAMPLE
     if "fault" in metafunc.fixturenames:
         metafunc.parametrize("fault", faults, ids=lambda fault: fault.__name__)
     if "cell" in metafunc.fixturenames:
         cells = sorted({(fault.model, fault.test, fault.variant) for fault in faults})
+        cells = cells if complete else [("llama", "evaluation", "default")]
         metafunc.parametrize("cell", cells, ids="-".join)
 
 
@@ -73,7 +75,6 @@ def test_green_without_a_fault_of_the_extended_tier(engine: Engine, cell: tuple[
 def test_every_test_of_the_tier_has_a_fault() -> None:
     shown = {entry.fault.test for entry in museum.entries() if entry.fault is not None}
     assert EXTENDED.keys() <= {fault.test for fault in FAULTS} | shown
-    assert {fault.test for fault in FAULTS} == {fault.test for fault in SAMPLE}
     assert all(TESTS[name].tier == "extended" for name in EXTENDED)
 
 
