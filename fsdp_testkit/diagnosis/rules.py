@@ -100,7 +100,7 @@ RULES: tuple[Rule, ...] = (
     _rule(
         32, "padded rows lost", "initial_weights, reload", "{names}: rows {rows} of {of} are wrong on {ranks}; these "
         "tensors do not divide evenly",
-        marks="last rows", signs="all",
+        marks="last rows", without="moved", signs="all",
     ),
     _rule(
         33, "wrong slice", "initial_weights, reload", "{names} on {ranks}: values of other places of the same tensor",
@@ -243,6 +243,12 @@ RULES: tuple[Rule, ...] = (
         without="moved, lost, bf16, last rows, other shards",
     ),
     _rule(69, "replica diverged", "replicas", "{names} on {ranks} differ from their replica from step {step} on"),
+    # units: they change what a step costs, not its numbers
+    _rule(
+        70, "not wrapped", "structure", "{message}, on {ranks}",
+        words="no FSDP unit|belongs to 0 FSDP|not an FSDP unit|not one FSDP unit|does not exist|matches no module",
+    ),
+    _rule(70, "not resharded", "reshard", "{message}, on {ranks}"),
     # a job that failed: the words are those of torch's and Python's own errors
     _rule(
         70, "wrapped twice", "ranks", "{failure}",
@@ -254,6 +260,7 @@ RULES: tuple[Rule, ...] = (
         words=r"uniform original parameter dtype|same dtype|dtype.*(mismatch|but got)|"
         r"saved metadata: .*'dtype': (\S+)(?s:.)*recomputed metadata: .*'dtype': (?!\2)",
     ),
+    _rule(72, "not wrapped", "ranks", "{failure}", words="requires a single root module"),
     _rule(72, "forward reads other weights", "ranks", "{failure}", words=r"mixed torch\.Tensor and DTensor"),
     _rule(
         73, "collective mismatch", "ranks", "{failure}",
@@ -262,12 +269,6 @@ RULES: tuple[Rule, ...] = (
     _rule(74, "collective mismatch", "ranks", "{failure}", words="waits in", signs="different collectives"),
     _rule(75, "rank stuck", "ranks", "{failure}", words="no reply|waits in"),
     _rule(76, "rank died", "ranks", "{failure}"),
-    # units: they change what a step costs, not its numbers
-    _rule(
-        77, "not wrapped", "structure", "{message}, on {ranks}",
-        words="no FSDP unit|belongs to 0 FSDP|not an FSDP unit|not one FSDP unit|does not exist|matches no module",
-    ),
-    _rule(77, "not resharded", "reshard", "{message}, on {ranks}"),
     # switches, and what is right and costs too much
     _rule(
         78, "switch without effect", "reductions", "{message}, on {ranks}: switching the reduction off changes nothing",
