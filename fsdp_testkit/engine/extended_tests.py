@@ -107,8 +107,7 @@ def mixed_precision(engine: Engine, work: SpecWork) -> list[Outcome]:
 def judge_mixed(run: list[Evidence], truth: Evidence, case: Case) -> Verdict:
     """Judge a run under mixed precision by fp32's bounds, or where it does not meet them by those of the low dtype.
 
-    Most models agree to the last bit. Some hand fp32 tensors from module to module (cosines of positions), which are
-    cast where a unit begins, and units are the plan's business.
+    Where units are the blocks, models agree to the last bits. Other units cast what enters them at other places.
     """
     verdict = check_batches(run).add(check_initial(run, truth, case)).add(check_movement(run, truth, case))
     verdict.add(checks.check_precision(run, truth, case))
