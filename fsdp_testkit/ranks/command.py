@@ -69,13 +69,6 @@ def run_agent(arguments: argparse.Namespace) -> int:
         local_world_size=_number(_LOCAL_WORLD_SIZE, 1),
     )
     agent = Agent(options)
-    own = agent.options
-    print(  # noqa: T201
-        f"fsdp_testkit: {own.ranks} rank{'s' if own.ranks > 1 else ''} of host {own.name} "
-        f"at {agent.address}:{agent.port}",
-        file=sys.stderr,
-        flush=True,
-    )
     _serve(agent)
     return 0
 
@@ -108,6 +101,13 @@ def _own_file(path: str) -> bytes:
 
 
 def _serve(agent: Agent) -> None:
+    own = agent.options
+    print(  # noqa: T201
+        f"fsdp_testkit: {own.ranks} rank{'s' if own.ranks > 1 else ''} of host {own.name} "
+        f"at {agent.address}:{agent.port}",
+        file=sys.stderr,
+        flush=True,
+    )
     launcher = os.getppid() if "LOCAL_RANK" in os.environ else 0
     agent.serve(ended=lambda: launcher not in (0, os.getppid()))
 

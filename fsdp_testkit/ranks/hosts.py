@@ -546,7 +546,7 @@ class HostsLink:
     def _tell_loss(self, agent: _Agent) -> None:
         ranks = [rank for rank, seat in self.seats.items() if seat.agent is agent]
         if ranks:
-            self._announce({"lost": ranks, "error": f"{agent.lost} ({agent})"})
+            self._announce({"lost": ranks, "error": f"{agent.lost} ({agent.address[0]}:{agent.address[1]})"})
 
     def _write(self, pipe: _Pipe, data: bytes) -> None:
         pipe.waiting += data

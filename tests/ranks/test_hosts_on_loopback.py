@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +154,28 @@ def test_who_ends_leaves_nothing_on_the_hosts(hosts: Hosts, agents: dict[str, Ag
     for name, agent in agents.items():
         assert eventually(lambda name=name, agent=agent: children(agent.process.pid) <= before[name])  # type: ignore[misc]
     assert not folder.exists()
+
+
+def test_a_parent_that_is_killed_leaves_nothing_on_the_hosts(
+    hosts: Hosts, agents: dict[str, AgentProcess], tmp_path: Path
+) -> None:
+    before = {name: children(agent.process.pid) for name, agent in agents.items()}
+    script = f"""
+from fsdp_testkit.ranks import Harness, Hosts, Job
+harness = Harness(preload=(), hosts=Hosts({list(hosts.addresses)!r}, {SECRET.encode()!r}))
+harness.run(Job(target="targets:waits", args={{"folder": {str(tmp_path)!r}}}, comm="none"))
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", script], env=env)
+    try:
+        assert eventually((tmp_path / "pid0").exists, 30)
+    finally:
+        parent.kill()
+        parent.wait()
+    rank = int((tmp_path / "pid0").read_text())
+    assert eventually(lambda: not Path(f"/proc/{rank}").exists()), "also one that is stuck in C code"
+    for name, agent in agents.items():
+        assert eventually(lambda name=name, agent=agent: children(agent.process.pid) <= before[name])  # type: ignore[misc]
 
 
 def test_a_silent_connection_holds_nobody_up(harness: Harness, hosts: Hosts) -> None:
