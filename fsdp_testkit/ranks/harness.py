@@ -192,7 +192,7 @@ class Harness:
 
     def _run(self, job: Job, identity: str, attempt: int) -> JobReport:
         self._ready(job)
-        gpus = job.processes if job.device == "cuda" else 0
+        gpus = job.processes if job.device == "cuda" and self.hosts is None else 0  # hosts have GPUs of their own
         with nullcontext(Lease()) if self.slots is None else self.slots.lease(job.processes, gpus) as lease:
             if lease.gpus:
                 job = replace(job, env={gpu_names.VARIABLE: ",".join(lease.gpus), **job.env})
