@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fsdp_testkit.core.result import Result
     from fsdp_testkit.plugin.matrix import ModelMatrix
     from fsdp_testkit.plugin.mixin import FSDPTesterMixin
+    from fsdp_testkit.plugin.values import per_rank
     from fsdp_testkit.reference import load_sharded, save_sharded
 
     __version__: str
@@ -36,6 +37,7 @@ __all__ = [
     "Result",
     "__version__",
     "load_sharded",
+    "per_rank",
     "save_sharded",
 ]
 
@@ -52,6 +54,7 @@ _HOMES = {
     "Result": ("fsdp_testkit.core.result", "Result"),
     "__version__": ("fsdp_testkit.core.versions", "KIT_VERSION"),
     "load_sharded": ("fsdp_testkit.reference", "load_sharded"),
+    "per_rank": ("fsdp_testkit.plugin.values", "per_rank"),
     "save_sharded": ("fsdp_testkit.reference", "save_sharded"),
 }
 

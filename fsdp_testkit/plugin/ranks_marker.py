@@ -28,7 +28,8 @@ from fsdp_testkit.plugin.options import RUN_OPTIONS
 from fsdp_testkit.plugin.rank_subtests import report_subtests
 from fsdp_testkit.plugin.slots import session_slots
 from fsdp_testkit.plugin.values import PerRank, pack
-from fsdp_testkit.ranks import Harness, Job, JobReport
+from fsdp_testkit.ranks import Harness, Job, JobReport, pick_comm
+from fsdp_testkit.ranks.gpus import visible
 from fsdp_testkit.ranks.job import STALL
 
 #: What each rank returned, by rank: ``item.stash[RANK_VALUES]``.
@@ -139,8 +140,15 @@ def _read(mark: pytest.Mark) -> tuple[int, dict[str, Any]]:
     return mark.args[0], how
 
 
+def default_comm(device: str, count: int, gpus: int) -> str:
+    """Return the process group for ``count`` ranks; where something is impossible `Job` or the ranks say so."""
+    if device != "cuda":
+        return "gloo"
+    return pick_comm(device, count, gpus)[0] if gpus and count > 0 else "nccl"
+
+
 def _job(count: int, how: dict[str, Any], args: dict[str, Any], deadline: float, name: str) -> Job:
-    comm = how["comm"] or ("nccl" if how["device"] == "cuda" else "gloo")
+    comm = how["comm"] or default_comm(how["device"], count, len(visible()))
     return Job(
         target="fsdp_testkit.plugin.on_rank:call",
         args=args,

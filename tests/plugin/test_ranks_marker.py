@@ -8,6 +8,7 @@ import pytest
 from plugin_project import Project
 
 from fsdp_testkit.core.errors import UsageError
+from fsdp_testkit.plugin.ranks_marker import default_comm
 from fsdp_testkit.plugin.values import pack, per_rank, unpack
 
 GOOD = """
@@ -172,7 +173,7 @@ def test_a_wrong_marker_is_refused(project: Project, marker: str, text: str) -> 
 SUBTESTS = """
 import os
 import pytest
-from fsdp_testkit.plugin.values import per_rank
+from fsdp_testkit import per_rank
 
 @pytest.mark.ranks(2)
 def test_all_pass(rank, subtests):
@@ -295,6 +296,14 @@ def test_a_dtype_travels() -> None:
 def test_other_values_are_named(value: object, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         pack("it", value, 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "gpus", "comm"),
+    [("cpu", 2, 8, "gloo"), ("cuda", 2, 2, "nccl"), ("cuda", 2, 1, "gloo"), ("cuda", 2, 0, "nccl")],
+)
+def test_ranks_that_share_a_gpu_get_gloo(device: str, count: int, gpus: int, comm: str) -> None:
+    assert default_comm(device, count, gpus) == comm
 
 
 @pytest.mark.parametrize("rank", [0, 1])
