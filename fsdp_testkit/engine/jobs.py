@@ -33,6 +33,7 @@ class Run:
         report: the harness's full text.
         first_rank: the rank that failed first.
         notes: what the harness noticed beside.
+        hosts: name of each rank's host; empty where all ran on this machine.
         fault_hits: activations of the armed fault.
     """
 
@@ -41,6 +42,7 @@ class Run:
     report: str = ""
     first_rank: int | None = None
     notes: list[str] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
     fault_hits: int = 0
 
     def get(self, name: str = "evidence") -> list[Evidence]:
@@ -175,7 +177,7 @@ class Jobs:
 def to_run(report: JobReport) -> Run:
     """Turn a job's report into a run; evidence files stay readable through their mapping."""
     hits = sum(file.stat().st_size for file in Path(report.folder).glob(f"{TALLY}.*"))
-    run = Run(notes=list(report.notes), fault_hits=hits)
+    run = Run(notes=list(report.notes), hosts=_hosts(report), fault_hits=hits)
     if report.outcome != "passed":
         failure = report.failure
         run.failure = failure.summary if failure is not None else f"the job was {report.outcome}"
@@ -205,10 +207,14 @@ def _finished(report: JobReport, index: int, world_size: int) -> Run | None:
     files = [folder / f"reply.{rank}.json" for rank in range(world_size)]
     if not all(file.exists() for file in files):
         return None
-    run = Run(notes=list(report.notes))
+    run = Run(notes=list(report.notes), hosts=_hosts(report))
     for file in files:
         _add(run, json.loads(file.read_text(encoding="utf-8")))
     return run
+
+
+def _hosts(report: JobReport) -> list[str]:
+    return [reply.host for reply in report.replies if reply.host]
 
 
 def _add(run: Run, value: dict[str, str]) -> None:

@@ -101,6 +101,8 @@ def judged(case: Case, run: Run, check: Callable[[], Verdict]) -> Outcome:
     outcome = Outcome(layout=str(case.layout), case=case)
     if run.notes:
         outcome.extra["notes"] = run.notes
+    if run.hosts:
+        outcome.extra["hosts"] = run.hosts
     if run.failure:
         outcome.verdict.expect(
             False, Finding(check="ranks", message=run.failure, rank=run.first_rank, judged_by="harness")

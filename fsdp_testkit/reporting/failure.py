@@ -54,10 +54,17 @@ def replay_command(row: Result) -> str:
     return next((str(finding["replay"]) for finding in row.findings if finding.get("replay")), "")
 
 
-def finding_lines(finding: dict[str, Any]) -> list[str]:
-    """Return a finding as lines: the sentence first, then where, the values, the distance, the judge."""
+def finding_lines(finding: dict[str, Any], hosts: Sequence[str] = ()) -> list[str]:
+    """Return a finding as lines: the sentence first, then where, the values, the distance, the judge.
+
+    ``hosts`` has the name of each rank's host, where there are several.
+    """
     lines = [f"{finding.get('check', '?')}: {finding.get('message', '(no message)')}"]
-    ranks = [str(rank) for rank in finding.get("ranks", [finding.get("rank")]) if rank is not None]
+    ranks = [
+        f"{rank} (host {hosts[rank]})" if rank < len(hosts) else str(rank)
+        for rank in finding.get("ranks", [finding.get("rank")])
+        if rank is not None
+    ]
     where = [f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"] if ranks else []
     where.extend(
         f"{label}{finding[name]}"
@@ -115,7 +122,7 @@ def _row(row: Result, shown: int) -> str:
     lines.extend(f"  {line}" for line in diagnosis_lines(row.extra.get("diagnosis", [])))
     folded = fold_ranks(row.findings)
     for number, finding in enumerate(folded[:shown], start=1):
-        first, *rest = finding_lines(finding)
+        first, *rest = finding_lines(finding, row.extra.get("hosts", ()))
         lines.append("")
         lines.append(f"  {number}. {first}")
         lines.extend(f"   {line}" for line in rest)
