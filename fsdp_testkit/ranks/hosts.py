@@ -299,6 +299,8 @@ class HostsLink:
         self._disconnect(0.5 if at_once else STOP_LIMIT)
         self.selector.close()
         os.close(self.bell)
+        with contextlib.suppress(OSError):
+            (self.folder / TOKEN).unlink()
 
     def _disconnect(self, limit: float) -> None:
         for agent in self.agents:

@@ -9,6 +9,7 @@ import pytest
 
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.core.layout import Layout
+from fsdp_testkit.ranks import machine
 from fsdp_testkit.ranks.agent import AgentOptions, interface_of
 from fsdp_testkit.ranks.hosts import Hosts, parse_address
 from fsdp_testkit.ranks.mirror import TOKEN, Mirror, TooLargeError
@@ -107,6 +108,17 @@ def test_listening_beyond_loopback_has_to_be_asked_for() -> None:
 def test_interfaces_are_found_by_address() -> None:
     assert interface_of("127.0.0.1").startswith("lo")
     assert interface_of("192.0.2.1") == ""
+
+
+def test_the_loss_of_a_host_is_the_loss_of_its_ranks_alone() -> None:
+    state = machine.begin(4, deadline=60, grace=3, now=0)
+    state, _ = machine.step(state, machine.Replied(3, "ok"), 1)
+    state, actions = machine.step(state, machine.ServerLost((2, 3)), 2)
+    assert [rank.status for rank in state.ranks] == ["running", "running", "lost", "ok"]
+    assert [rank.alive for rank in state.ranks] == [True, True, False, False]
+    assert (state.phase, actions) == (machine.Phase.DRAINING, ())
+    _, actions = machine.step(state, machine.Tick(), 5)
+    assert actions == (machine.Dump((0, 1)),), "the others are asked where they are after the grace"
 
 
 # --- files ------------------------------------------------------------------------------------------------------
