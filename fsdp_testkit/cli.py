@@ -1,4 +1,4 @@
-"""``python -m fsdp_testkit``: replay a case, list what there is, merge reports, run the museum, look around.
+"""``python -m fsdp_testkit``: replay a case, list things, merge and compare reports, run the museum, look around.
 
 Exit status: 0 all well, 1 a replayed case failed, a bug was not caught or the installation lacks something,
 2 impossible input.
@@ -136,6 +136,30 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def counts(arguments: argparse.Namespace) -> int:
+    """Write how many checks each test of a report has made."""
+    from fsdp_testkit.reporting.counts import count, text_of
+
+    check_target(arguments.output)
+    rows = [Result(**raw) for path in arguments.reports for raw in read_report(path)["results"]]
+    found = count(rows)
+    if not found:
+        raise UsageError("no test of the reports has passed: there is nothing to count")
+    arguments.output.write_text(text_of(found), encoding="utf-8")
+    tests = sum(len(kept) for models in found.values() for kept in models.values())
+    print(f"{arguments.output}: {tests} tests of {sum(len(models) for models in found.values())} models")
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print what changed between two reports."""
+    from fsdp_testkit.reporting.difference import difference_lines
+
+    before, after = read_report(arguments.before), read_report(arguments.after)
+    print("\n".join(difference_lines(before, after)))
+    return 0
+
+
 def museum(arguments: argparse.Namespace) -> int:
     """List or run the museum of publicly reported bugs; print the score table."""
     from fsdp_testkit.faults.score import document, run_scores, select, unscored
@@ -213,6 +237,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json")
     command.add_argument("-o", "--output", required=True, type=Path, metavar="FILE.json")
     command.set_defaults(run=merge)
+
+    command = commands.add_parser("compare", help="print what changed between two reports, as Markdown")
+    command.add_argument("before", type=Path, metavar="BEFORE.json")
+    command.add_argument("after", type=Path, metavar="AFTER.json")
+    command.set_defaults(run=compare)
+
+    command = commands.add_parser("counts", help="write how many checks each test of a report has made")
+    command.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json")
+    command.add_argument("-o", "--output", required=True, type=Path, metavar="FILE.json")
+    command.set_defaults(run=counts)
 
     command = commands.add_parser("museum", help="list or run publicly reported bugs, re-created as faults")
     command.add_argument("--id", action="append", default=[], metavar="BUG", help="only this one; may be repeated")

@@ -50,6 +50,7 @@ class RunOptions:
         beyond_loopback: ranks that torchrun has started may listen where other machines reach them.
         slots: ranks that run at the same time over all workers: ``none``, ``cores`` or a number.
         tier: ``core`` or ``extended``.
+        counts: file with the number of checks of each test, below which none may fall.
     """
 
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -61,6 +62,7 @@ class RunOptions:
     secret_file: Path | None = None
     beyond_loopback: bool = False
     tier: str = "core"
+    counts: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for the report."""
@@ -76,6 +78,7 @@ RUN_OPTIONS = pytest.StashKey[RunOptions]()
 
 _TEXT_OPTIONS: dict[str, tuple[str, str]] = {
     "models": ("NAMES", "models of the matrix: headline, all, llama,mixtral or path/to/config.json"),
+    "family": ("NAMES", "of the selected models those of these families: dense, moe, hybrid, ..."),
     "backend": ("NAME", "implementation under test: reference, transformers or package.module:Class"),
     "report": ("FILE.json", "write all result rows there; an existing file is replaced at the end"),
     "seed": ("N", "seed of weights, batches and dropout (default 0)"),
@@ -101,6 +104,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     text = "file with known failures (TOML); may be given several times, and adds to the ini key fsdp_ledger"
     group.addoption("--fsdp-ledger", dest="fsdp_ledger", metavar="FILE", action="append", default=None, help=text)
     parser.addini("fsdp_ledger", text, type="paths", default=[])
+    text = "file with the number of checks of each test (JSON, by the command counts): a test with fewer fails the run"
+    group.addoption("--fsdp-counts", dest="fsdp_counts", metavar="FILE", default=None, help=text)
+    parser.addini("fsdp_counts", text, type="string", default="")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -145,6 +151,8 @@ def read_options(config: pytest.Config) -> RunOptions:
     root = config.inipath.parent if config.inipath is not None else config.rootpath
     report = config.getoption("fsdp_report")
     ini_report = config.getini("fsdp_report")
+    counts = config.getoption("fsdp_counts")
+    ini_counts = config.getini("fsdp_counts")
     return RunOptions(
         engine=EngineOptions(
             backend=text("backend") or "reference",
@@ -154,13 +162,14 @@ def read_options(config: pytest.Config) -> RunOptions:
             deadline=deadline("--fsdp-deadline", text("deadline") or "60"),
             fault=text("fault") or "",
         ),
-        models=_models(text("models")),
+        models=_models(text("models"), text("family")),
         beyond_loopback=config.getoption("fsdp_beyond_loopback"),
         slots=_slots(text("slots") or "none"),
         hosts=tuple(filter(None, (text("hosts") or "").replace(" ", "").split(","))),
         secret_file=here / given if (given := text("secret-file")) else None,
         tier=choice("--fsdp-tier", text("tier") or "core", TIERS),
         report=here / report if report is not None else (root / ini_report if ini_report else None),
+        counts=here / counts if counts is not None else (root / ini_counts if ini_counts else None),
         ledgers=(
             *config.getini("fsdp_ledger"),
             *(here / path for path in config.getoption("fsdp_ledger") or ()),
@@ -175,12 +184,15 @@ def validate(options: RunOptions) -> None:
         UsageError: the value and what it must be.
     """
     from fsdp_testkit.engine.ledger import Ledger
+    from fsdp_testkit.reporting.counts import read_counts
     from fsdp_testkit.reporting.report import check_target
 
     check_backend("--fsdp-backend", options.engine.backend)
     if options.engine.fault:
         load_class("--fsdp-fault", options.engine.fault)
     Ledger.load(options.ledgers)
+    if options.counts is not None:
+        read_counts(options.counts)
     if options.report is not None:
         check_target(options.report)
 
@@ -257,15 +269,21 @@ def _slots(value: str) -> str:
     return value
 
 
-def _models(value: str | None) -> tuple[str, ...] | None:
-    if value is None:
+def _models(value: str | None, families: str | None) -> tuple[str, ...] | None:
+    if value is None and families is None:
         return None
     from fsdp_testkit.models.catalogue import select
+    from fsdp_testkit.models.families import of_families
 
     try:
-        chosen = select(value)
+        chosen = select("all" if value is None else value)
     except UsageError as error:
         raise UsageError(f"--fsdp-models: {error}") from None
+    if families is not None:
+        try:
+            chosen = of_families(chosen, families)
+        except UsageError as error:
+            raise UsageError(f"--fsdp-family: {error}") from None
     return tuple(os.fspath(Path(item).resolve()) if item.endswith(".json") else item for item in chosen)
 
 

@@ -10,6 +10,7 @@ from fsdp_testkit.core.result import Result
 from fsdp_testkit.plugin.lifetime import CLOSING, SESSION
 from fsdp_testkit.plugin.options import RUN_OPTIONS, RunOptions, is_worker
 from fsdp_testkit.plugin.rows import STORE
+from fsdp_testkit.reporting.counts import count, fallen, read_counts
 from fsdp_testkit.reporting.matrix import matrix_lines, total_lines
 from fsdp_testkit.reporting.report import report_document, write_report
 
@@ -40,6 +41,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         ending.errors.append(problem)
     if complete and rows:
         ending.errors.extend(config.stash[SESSION].ledger.stale(rows, _everything(options)))
+    # with other seeds a router may send tokens elsewhere, and with a fault anything may happen
+    if complete and rows and options.counts is not None and not options.engine.fault and not options.engine.seed:
+        ending.errors.extend(fallen(count(rows), read_counts(options.counts)))
     if options.report is not None and (rows or complete):
         try:
             write_report(options.report, report_document(rows, options.to_dict()))
