@@ -15,17 +15,24 @@ BACKEND ?= reference
 REPORT ?= reports/matrix.json
 PYTEST_ARGS ?=
 SOAK_JOBS ?= 10000
+RUNS ?= 10
+TIER ?= core
 
-.PHONY: soak fault-table help install matrix matrix-all test lint format clean
+.PHONY: help install matrix matrix-all test lint museum soak ten-times false-alarms two-hosts fault-table counts format clean
 
 help:
-	@echo "make matrix      twenty headline models through all core tests (BACKEND=transformers for transformers' own)"
-	@echo "make matrix-all  every model type of the catalogue"
-	@echo "make test        the kit's own tests"
-	@echo "make lint        ruff, mypy --strict, schema of the workflows"
-	@echo "make soak        ten thousand small jobs: nothing may grow (SOAK_JOBS=1000 for fewer)"
-	@echo "make fault-table writes the table of docs/harness.md from a real run"
-	@echo "make clean       remove .venv, caches and reports"
+	@echo "make matrix       twenty headline models through all core tests (BACKEND=transformers for transformers' own)"
+	@echo "make matrix-all   every model type of the catalogue (TIER=extended for the extended tests too)"
+	@echo "make test         the kit's own tests"
+	@echo "make lint         ruff, mypy --strict, schema of the workflows"
+	@echo "make museum       every publicly reported bug: caught, named, gone again"
+	@echo "make soak         ten thousand small jobs: nothing may grow (SOAK_JOBS=1000 for fewer)"
+	@echo "make ten-times    the headline matrix ten times with ten seeds: nothing may flake (RUNS=3 for fewer)"
+	@echo "make false-alarms every model with ten seeds, the extended tier on the headline models (RUNS=3 for fewer)"
+	@echo "make two-hosts    two hosts made of network namespaces; needs root and iproute2"
+	@echo "make fault-table  writes the table of docs/harness.md from a real run"
+	@echo "make counts       records how many checks each test makes, from the report of a matrix of all models"
+	@echo "make clean        remove .venv, caches and reports"
 
 install: $(VENV)/.installed
 
@@ -42,7 +49,7 @@ matrix: install
 
 matrix-all: install
 	mkdir -p $(dir $(REPORT))
-	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models all --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models all --fsdp-tier $(TIER) --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(PYTEST_ARGS)
 
 test: install
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) tests $(PYTEST_ARGS)
@@ -55,6 +62,21 @@ lint: install
 
 soak: install
 	$(BIN)/python tests/ranks/soak.py $(SOAK_JOBS)
+
+museum: install
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) tests/museum -m museum $(PYTEST_ARGS)
+
+ten-times: install
+	$(BIN)/python tests/ranks/ten_times.py --runs $(RUNS) --workers $(WORKERS)
+
+false-alarms: install
+	$(BIN)/python -m benchmarks.false_alarms --seeds $(RUNS) --workers $(WORKERS)
+
+two-hosts: install
+	$(BIN)/python -m pytest tests/ranks/two_hosts.py $(PYTEST_ARGS)
+
+counts: install
+	$(BIN)/python -m fsdp_testkit counts $(REPORT) -o model_matrix/counts.json
 
 fault-table: install
 	$(BIN)/python tests/ranks/write_fault_table.py
