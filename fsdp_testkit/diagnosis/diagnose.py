@@ -102,11 +102,25 @@ def _errors(report: str) -> str:
     return "\n".join(line for line in report.splitlines() if re.match(r"  (\S|tensor at)", line))
 
 
-def _message(first: Finding, names: str) -> str:
-    """Return the first finding's sentence, said of all that were picked."""
-    if first.parameter and first.parameter in first.message:
-        return first.message.replace(first.parameter, names, 1)
-    return first.message
+def _message(picked: list[Finding]) -> str:
+    """Return the first finding's sentence, said of all that were picked for the same."""
+    first, whole = _about(picked[0]), _whole(picked[0].parameter)
+    if first is None:
+        return picked[0].message
+    return whole.sub(lambda _: short(f.parameter for f in picked if _about(f) == first), picked[0].message, count=1)
+
+
+def _about(finding: Finding) -> str | None:
+    """Return what a finding says of its parameter, ``None`` where it does not name it."""
+    if not finding.parameter:
+        return None
+    text, count = _whole(finding.parameter).subn("", finding.message)
+    return re.sub(r"\d+", "", text) if count else None
+
+
+def _whole(name: str) -> re.Pattern[str]:
+    """Return a pattern that finds a name, and not a longer one that holds it."""
+    return re.compile(rf"(?<![\w.]){re.escape(name)}(?![\w.])")
 
 
 def _diagnosis(rule: Rule, picked: list[Finding], view: View) -> Diagnosis:
@@ -134,7 +148,7 @@ def fields(picked: list[Finding], view: View) -> dict[str, str]:
         "names": names or first.check.replace("_", " "),
         "ranks": ranks_text((finding.rank for finding in picked if finding.rank is not None), view.run.world) or "all",
         "step": str(min(steps, default=0)),
-        "message": _message(first, names),
+        "message": _message(picked),
         "failure": _cut(first.message, 300),
         "expected": _cut(first.expected, 60),
         "actual": _cut(first.actual, 60),

@@ -18,7 +18,7 @@ def patterns(names: Iterable[str]) -> list[str]:
     unique = list(dict.fromkeys(name for name in names if name))
     by_shape: dict[str, list[str]] = {}
     for name in unique:
-        by_shape.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+        by_shape.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(name)
     merged = [group[0] if len(group) == 1 else _common(group) for group in by_shape.values()]
     by_block: dict[str, list[str]] = {}
     for name in merged:

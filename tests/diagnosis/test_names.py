@@ -19,6 +19,7 @@ from fsdp_testkit.diagnosis.names import patterns, ranks_text, short
             [f"model.layers.{i}.{n}.weight" for i in range(2) for n in "qkv"] + ["norm.w"],
             ["model.layers.*.*", "norm.w"],
         ),
+        (["h.0", "h.1"], ["h.*"]),
         (["", "b", "a", "b"], ["b", "a"]),
     ],
 )

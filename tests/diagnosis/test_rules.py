@@ -112,3 +112,16 @@ def test_pairs_are_read_from_the_score_of_the_museum() -> None:
         ]
     }
     assert from_score(json.dumps(score)) == [("tie lost", "tie lost")]
+
+
+def test_a_sentence_is_said_of_all_that_it_holds_for() -> None:
+    def unit(name: str, kind: str) -> Finding:
+        return Finding(
+            check="structure", message=f"{kind}{name} is not an FSDP unit of its own", parameter=name, rank=0
+        )
+
+    found = [unit("h.0", "block "), unit("h.1", "block "), unit("wte", "the input embedding ")]
+    assert diagnose(found)[0].text == "block `h.*` is not an FSDP unit of its own, on rank 0"
+    # a name inside a longer one is another name
+    longer = Finding(check="structure", message="norm and head (h.bias) are not one FSDP unit", parameter="h", rank=0)
+    assert diagnose([longer])[0].text == f"{longer.message}, on rank 0"
