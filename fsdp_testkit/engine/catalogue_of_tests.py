@@ -117,6 +117,18 @@ TESTS: dict[str, TestInfo] = {
         ),
         _extended("idle_experts", DEFAULT, "auto_plan", "experts that get tokens on some ranks only"),
         _extended("repeated_saving", DEFAULT, "safetensors", "six saves and loads in one process: no drift, no growth"),
+        _extended(
+            "offloaded_save", DEFAULT, "safetensors cpu_offload", "offloaded parameters trained, saved and loaded again"
+        ),
+        _extended(
+            "save_over", DEFAULT, "safetensors", "a save over the folder that was loaded from, and training goes on"
+        ),
+        _extended(
+            "reshard_resume",
+            DEFAULT,
+            "dcp resume hsdp",
+            "training state saved on 4 ranks, restored on 1, 2, 3 and 2 x 2",
+        ),
         _extended("lone_save", DEFAULT, "safetensors", "a save that one rank alone calls works or is refused"),
         _extended(
             "two_forwards",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fsdp_testkit.engine.extended_tests import EXTENDED
+from fsdp_testkit.engine.saving_tests import SAVING
 from fsdp_testkit.engine.tests import PROCEDURES as CORE
 
-PROCEDURES = CORE | EXTENDED
+PROCEDURES = CORE | EXTENDED | SAVING

@@ -37,6 +37,9 @@ _SHORT = {
     "cpu_offload": "offl",
     "idle_experts": "idle",
     "repeated_saving": "again",
+    "offloaded_save": "offsave",
+    "save_over": "over",
+    "reshard_resume": "reshard",
     "lone_save": "lone",
 }
 _VARIANTS = ("untied", "tied", "default")

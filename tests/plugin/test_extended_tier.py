@@ -8,6 +8,7 @@ import sys
 import pytest
 from plugin_project import Project
 
+from fsdp_testkit.engine.catalogue_of_tests import TESTS
 from fsdp_testkit.plugin.mixin import ALL_METHODS, METHODS
 
 MINE = "from fsdp_testkit import FSDPTesterMixin\n\nclass TestLlama({bases}):\n    model_type = 'llama'\n    {more}\n"
@@ -86,3 +87,9 @@ def test_wrong_values(project: Project, more: str, arguments: tuple[str, ...], m
     assert result.ret != 0
     text = result.stdout.str() + result.stderr.str()
     assert message.strip("*") in text
+
+
+def test_every_test_has_a_procedure() -> None:
+    from fsdp_testkit.engine.procedures import PROCEDURES
+
+    assert PROCEDURES.keys() == TESTS.keys()
