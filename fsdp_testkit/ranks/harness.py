@@ -21,7 +21,8 @@ from fsdp_testkit.core.errors import EnvironmentLacksError, UsageError
 from fsdp_testkit.ranks import gpus as gpu_names
 from fsdp_testkit.ranks import load, recorder
 from fsdp_testkit.ranks.folders import OwnFolder, remove_orphans
-from fsdp_testkit.ranks.hosts import Hosts, HostsLink
+from fsdp_testkit.ranks.hosts import Hosts
+from fsdp_testkit.ranks.hosts_link import HostsLink
 from fsdp_testkit.ranks.job import MAX_DEADLINE, Job, JobReport
 from fsdp_testkit.ranks.link import Link, ServerLink, Store
 from fsdp_testkit.ranks.run import Run
