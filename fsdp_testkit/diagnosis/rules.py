@@ -239,7 +239,12 @@ RULES: tuple[Rule, ...] = (
         signs="first resumed right",
     ),
     _rule(
-        68, "weight not loaded", "reload, resumed_losses", "{message}, on {ranks}",
+        68, "weight not loaded", "resumed_losses", "the first losses after resuming are {actual} instead of {expected} "
+        "on {ranks}, and the random numbers are right: other weights",
+        unless="first resumed right, random numbers",
+    ),
+    _rule(
+        68, "weight not loaded", "reload", "{message}, on {ranks}",
         without="moved, lost, bf16, last rows, other shards",
     ),
     _rule(69, "replica diverged", "replicas", "{names} on {ranks} differ from their replica from step {step} on"),

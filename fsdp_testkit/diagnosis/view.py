@@ -114,7 +114,8 @@ def _multiple(finding: Finding, _: View) -> bool:
 
 def _uneven(finding: Finding, _: View) -> bool:
     parts = _parts(finding)
-    return bool(parts) and factor(finding) is None and all(part > PRESENT / 10 for part in parts)
+    clear = finding.detail.get("parts_rest", 1.0) < EVEN * REST  # a rounding leaves more, and is no weight
+    return clear and bool(parts) and factor(finding) is None and all(part > PRESENT / 10 for part in parts)
 
 
 def _tokens(finding: Finding, view: View) -> bool:
@@ -285,5 +286,6 @@ SIGNS: dict[str, Sign] = {
     ),
     "norm of shards": Sign("each rank's norm is that of its shards alone", lambda _, v: v.run.norm_of_shards),
     "different collectives": Sign("the ranks wait in different collectives", _different_collectives),
+    "random numbers": Sign("random numbers are not restored", lambda _, v: bool(v.of("resumed_rng"))),
     "first resumed right": Sign("the first losses after resuming are right", _first_resumed_right),
 }

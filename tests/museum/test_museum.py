@@ -15,6 +15,7 @@ from fsdp_testkit.engine.engine import Engine, Settings
 from fsdp_testkit.faults import museum
 from fsdp_testkit.faults.base import Fault
 from fsdp_testkit.faults.bugs import BUGS, FAMILIES
+from fsdp_testkit.faults.misnamed import MISNAMED
 from fsdp_testkit.faults.museum_page import page
 
 PAGE = Path(__file__).parents[2] / "docs" / "museum.md"
@@ -37,6 +38,9 @@ def engine() -> Iterator[Engine]:
 def caught(engine: Engine, fault: type[Fault]) -> None:
     shown = museum.show(engine, fault)
     assert not shown.missing, "\n".join([*shown.missing, describe(shown.rows)])
+    named = f"named {shown.diagnosis or 'nothing'}, expected {fault.causes[0]}"
+    assert shown.diagnosis_right == (fault.bug not in MISNAMED), named
+    assert not [row.extra["diagnosis_error"] for row in shown.rows if "diagnosis_error" in row.extra]
 
 
 @pytest.mark.museum
