@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fsdp_testkit.faults.base import Fault
 from fsdp_testkit.faults.parts import Sharding, locals_of
 from fsdp_testkit.faults.weights import TieBroken
 
@@ -50,18 +51,22 @@ class TieLostInHybrid(TieBroken, bug="tied-not-respected-rl"):
         return super().before_load(arguments) if arguments["layout"].kind == "hsdp" else arguments
 
 
-class TieLostOffRank0(TieBroken, bug="param-init-fn-unties-per-module"):
+class TieLostOffRank0(Fault, bug="param-init-fn-unties-per-module"):
     """Ranks that get empty modules lose the tie; rank 0, with real weights, keeps it."""
 
     story = "memory is given out module by module, so that the second holder of a shared weight gets its own"
     test = "sharding_structure"
+    variant = "tied"
     checks = ("ties",)
     causes = ("tie lost",)
-    deadline = 10.0
 
-    def before_load(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Break the tie on all ranks but the first."""
-        return super().before_load(arguments) if self.rank else arguments
+    def after_load(self, model: nn.Module) -> nn.Module:
+        """Give the head memory of its own on all ranks but the first."""
+        if self.rank:
+            head: Any = model.get_submodule("lm_head")
+            head.weight = nn.Parameter(head.weight.detach().clone())
+            self.hit()
+        return model
 
 
 class GuardSeesNoTie(TieBroken, bug="tied-guard-never-fires"):
