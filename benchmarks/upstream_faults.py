@@ -175,7 +175,7 @@ class SteppedTwice(Upstream):
     """Each sharded gradient is twice as large when the optimizer takes it as when the norm was measured."""
 
     story = "gradients are unscaled once more between clipping and the step"
-    weakness = "Adam divides a constant factor away, and gradients themselves are not looked at"
+    weakness = "Adam divides a constant factor away: what is left shows in the last weights, and names no factor"
     shows = ("test_fsdp2_plan_vs_ddp",)
     checks = ("gradients",)
 
