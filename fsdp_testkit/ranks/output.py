@@ -40,6 +40,8 @@ class Output:
         self.size = 0
         self.problem = ""
         self._recent = bytearray()
+        with contextlib.suppress(OSError):  # noticed when there is something to write
+            path.touch()
         self.outlet, self.inlet = os.pipe()
         os.set_blocking(self.outlet, False)
         with contextlib.suppress(OSError):  # only a matter of speed, and a user's total is limited

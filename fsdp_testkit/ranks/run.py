@@ -19,6 +19,7 @@ from fsdp_testkit.ranks.link import Link, Place, Store, is_stopped
 from fsdp_testkit.ranks.machine import Phase
 from fsdp_testkit.ranks.output import Output
 from fsdp_testkit.ranks.rank import REPLY_LIMIT
+from fsdp_testkit.ranks.server import UNFIT
 from fsdp_testkit.ranks.spec import checks_collectives, rank_spec
 from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, tail, waits_for_others
 from fsdp_testkit.ranks.stillness import Stillness, sleeps
@@ -53,6 +54,7 @@ class _Seat:
     reply: dict[str, Any] = field(default_factory=dict)
     ended: float = 0.0
     problem: str = ""
+    offence: str = ""
     stack_size: int = -1
     kill_when_started: bool = False
 
@@ -192,11 +194,12 @@ class Run:
                 self.notes.append(f"rank {seat.rank} sent more than a reply: its channel was closed")
                 self.selector.unregister(seat.channel)
                 seat.channel.close()
-                self._cut(seat, "sent more than a reply, so that its channel was closed")
+                seat.offence = "sent more than a reply, so that its channel was closed"
+                self._cut(seat, seat.offence)
 
     def _cut(self, seat: _Seat, problem: str) -> None:
         if self.state.ranks[seat.rank].status == "running":
-            seat.problem = seat.problem or problem
+            seat.problem = seat.problem or seat.offence or problem
         self._feed(machine.Cut(seat.rank))
 
     def _take(self, seat: _Seat, line: bytes) -> None:
@@ -337,7 +340,7 @@ class Run:
         collective, place = sits_in(stack) if stack else ("", "")
         error = str(sent.get("error", ""))
         if known.status == "died":
-            error = error or native_error(log)
+            error = error or seat.offence or native_error(log)
         elif known.status == "lost":
             error = error or seat.problem
         elif known.status in ("hung", "stopped"):
@@ -360,7 +363,8 @@ class Run:
             stderr=log,
             stack=stack,
             collective=collective,
-            consequence=known.status in ("raised", "died") and is_consequence(error),
+            # A rank that could not reply broke off with its parent, and not with another rank.
+            consequence=known.status in ("raised", "died") and known.code != UNFIT and is_consequence(error),
             log=seat.output.path,
         )
 

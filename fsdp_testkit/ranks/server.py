@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 MESSAGE_LIMIT = 65536
+#: Exit status of a rank that cannot go on for a reason that is not its target's.
+UNFIT = 70
 #: Seconds between looks at whether the parent is still there, for the case that its end of the socket leaked.
 PARENT_POLL = 2.0
 _PR_SET_PDEATHSIG = 1
@@ -169,7 +171,7 @@ class _Server:
                 sys.excepthook(*sys.exc_info())
                 sys.stderr.flush()
             finally:
-                os._exit(70)  # a rank never comes back into the server's loop
+                os._exit(UNFIT)  # a rank never comes back into the server's loop
         self.pids.add(pid)
         self.send({"started": message["start"], "pid": pid})
 
@@ -210,7 +212,7 @@ def _become_rank(server: int, log: int) -> None:
     # stuck in C code or stopped.
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:
-        os._exit(70)
+        os._exit(UNFIT)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

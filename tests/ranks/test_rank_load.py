@@ -51,5 +51,5 @@ def test_a_new_store_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(5):
             assert harness.run(Job(target="targets:good", world_size=2)).outcome == "passed"
             assert harness._store is not None
-            ports.add(harness._store[1])
+            ports.add(harness._store.port)
     assert len(ports) == 3

@@ -16,7 +16,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 from faults import FAULTS, strike  # noqa: E402 - found by the line above
 from test_parent_faults import run  # noqa: E402
 
-from fsdp_testkit.ranks import Harness, cores  # noqa: E402
+from fsdp_testkit.ranks import Harness, Job, cores  # noqa: E402
 
 #: By which the limits are multiplied: ``python tests/ranks/write_fault_table.py 4`` on a machine that others use.
 PATIENCE = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
@@ -32,6 +32,7 @@ def main() -> int:
     ]
     surprises = 0
     with Harness(preload=("numpy", "torch.distributed"), grace=1.0) as harness:
+        harness.run(Job(target="targets:good", world_size=2)).discard()  # the start of the server is nobody's fault
         for fault in FAULTS:
             places = fault.places(2, 4)
             every = [strike(harness, fault, *place, patience=PATIENCE) for place in places]
