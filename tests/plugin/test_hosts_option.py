@@ -107,6 +107,14 @@ def test_a_torchrun_without_a_store_is_refused(project: Project, outer: pytest.M
     assert "torchrun must hold a store" in refused(project)
 
 
+@pytest.mark.usefixtures("outer")
+def test_workers_of_xdist_refuse_every_test_on_ranks(project: Project) -> None:
+    project.pytester.makepyfile(RANKS.format(count=1) + "\ndef test_plain():\n    pass\n")
+    result = project.run("-n1", subprocess=True)
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["*torchrun starts the ranks of one pytest: leave -n away*"])
+
+
 def test_tests_without_ranks_run_in_every_process_as_before(project: Project, outer: pytest.MonkeyPatch) -> None:
     outer.setenv("RANK", "1")
     project.pytester.makepyfile("def test_plain():\n    pass\n")
