@@ -46,6 +46,7 @@ def _rule(place: int, cause: str, checks: str, says: str, **fields: object) -> R
     return Rule(place=place, cause=cause, checks=tuple(checks.split(", ")), says=says, **tuples, **plain)  # type: ignore[arg-type]
 
 
+WASTE = "init calls|allocated|grew by|outlive the load|bytes of weight files"
 NUMBERS = "losses, gradients, gradient_norm, weights, gathered_weights, optimizer"
 
 RULES: tuple[Rule, ...] = (
@@ -244,7 +245,7 @@ RULES: tuple[Rule, ...] = (
         unless="first resumed right, random numbers",
     ),
     _rule(
-        68, "weight not loaded", "reload", "{message}, on {ranks}",
+        68, "weight not loaded", "reload, drift", "{message}, on {ranks}",
         without="moved, lost, bf16, last rows, other shards",
     ),
     _rule(69, "replica diverged", "replicas", "{names} on {ranks} differ from their replica from step {step} on"),
@@ -279,10 +280,11 @@ RULES: tuple[Rule, ...] = (
         78, "switch without effect", "reductions", "{message}, on {ranks}: switching the reduction off changes nothing",
     ),
     _rule(78, "switch without effect", "recomputation, guard", "{message}, on {ranks}"),
+    _rule(79, "switch without effect", "meta_init", "{message}, on {ranks}", words="was not set during the load"),
     _rule(
         80, "switch without effect", "meta_init", "{message}: what loading the whole model takes, on {ranks}",
         marks="whole model", signs="every rank",
     ),
-    _rule(82, "memory held", "meta_init", "{message}, on {ranks}", words="allocated|init calls"),
+    _rule(82, "memory held", "meta_init", "{message}, on {ranks}", words=WASTE),
     _rule(82, "memory held", "traffic, growth", "{message}, on {ranks}"),
 )  # fmt: skip
