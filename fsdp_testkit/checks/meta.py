@@ -29,7 +29,7 @@ class Budget:
 
 
 #: Budgets by backend; others have the default.
-BUDGETS: dict[str, Budget] = {"reference": Budget(read=1.25), "transformers": Budget(read=1.25)}
+BUDGETS: dict[str, Budget] = {"reference": Budget(allocated=1.75, read=1.25), "transformers": Budget(read=1.25)}
 #: Bytes by which a process grows or reads for other reasons: allocators, modules, config files.
 NOISE = 8 * 2**20
 READ_NOISE = 2**18

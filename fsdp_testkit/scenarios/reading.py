@@ -105,6 +105,12 @@ class _File:
         self._counter.mapped += tensor.nbytes
         return tensor
 
+    def get_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Return and count several tensors, or all."""
+        tensors = self._handle.get_tensors(*args, **kwargs)
+        self._counter.mapped += sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
+
     def get_slice(self, name: str) -> Any:
         """Return a slice that counts what is taken out of it."""
         return _Slice(self._handle.get_slice(name), self._counter)
