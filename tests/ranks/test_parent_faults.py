@@ -21,6 +21,7 @@ import os, signal, sys, time
 import pytest
 
 sys.path.insert(0, {here!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 @pytest.fixture
 def parent():
