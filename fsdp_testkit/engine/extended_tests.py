@@ -68,7 +68,7 @@ def mesh_shapes(engine: Engine, work: SpecWork) -> list[Outcome]:
 def adapters(engine: Engine, work: SpecWork) -> list[Outcome]:
     """Adapters beside frozen weights on three ranks: some ranks hold no row of some of them."""
     work = engine.work(replace(work.spec, adapters=True))
-    case = engine.case(work, "adapters", SHAPES[1], steps=3, freeze=True, max_norms=(0.0, 0.0, 1e-3))
+    case = engine.case(work, "adapters", SHAPES[1], steps=3, freeze=True, max_norms=(0.0, 0.0, 1e-5))
     return [trained(work, case, "train:run")]
 
 
