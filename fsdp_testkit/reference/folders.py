@@ -106,6 +106,8 @@ def replaced(target: Path, keep: Callable[[Path], bool] = foreign, *, durable: b
                 place.take(keep, durable=durable)
         except Exception as error:
             problem = error
+        if place is not None:
+            place.close()  # nobody leaves before it is tidy
         agree(problem)
     finally:
         if place is not None:
@@ -133,7 +135,7 @@ class _Place:
                 break
             if descriptor is not None:
                 os.close(descriptor)
-        self._lock = descriptor
+        self._lock: int | None = descriptor
         self.taken = False
 
     def take(self, keep: Callable[[Path], bool], *, durable: bool) -> None:
@@ -163,9 +165,12 @@ class _Place:
 
     def close(self) -> None:
         """Let go of the lock; delete the new folder if it did not take the target's place."""
+        if self._lock is None:
+            return
         if not self.taken:
             shutil.rmtree(self.partial, ignore_errors=True)
         os.close(self._lock)
+        self._lock = None
 
     def _beside(self, kind: str) -> Path:
         return self.parent / f".{self.target.name}.{kind}-{secrets.token_hex(8)}"
