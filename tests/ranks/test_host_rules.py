@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,11 @@ from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.ranks import machine
 from fsdp_testkit.ranks.agent import AgentOptions, interface_of
 from fsdp_testkit.ranks.hosts import Hosts, parse_address
+from fsdp_testkit.ranks.hosts_link import HostsLink, _Agent
+from fsdp_testkit.ranks.link import Place
 from fsdp_testkit.ranks.mirror import TOKEN, Mirror, TooLargeError
 from fsdp_testkit.ranks.place import deal
+from fsdp_testkit.ranks.translate import host_spec, our_reply
 from fsdp_testkit.ranks.wire import WireError
 
 SECRET = b"0123456789abcdef"
@@ -223,3 +228,51 @@ def test_a_link_is_not_followed_on_writing(pair: Pair, tmp_path: Path) -> None:
     (pair.there.root / "file").symlink_to(victim)
     with pytest.raises(OSError, match="symbolic"):
         pair.there.take({"file": "file", "at": 5, "last": True}, b"theirs")
+
+
+# --- what differs between machines ------------------------------------------------------------------------------
+
+
+def test_a_rank_is_told_what_holds_on_its_host() -> None:
+    spec = {
+        "env": {"PATH": "/here", "SAME": "1", "CHANGED": "new", "GLOO_SOCKET_IFNAME": "lo", "FROM_JOB": "x"},
+        "job_env": {"FROM_JOB": "x"},
+        "world_size": 3,
+        "deadline": 100.0,
+    }
+    places = [Place("a", 0, 2), Place("a", 1, 2), Place("b", 0, 1)]
+    before = {"PATH": "/here", "SAME": "1", "CHANGED": "old", "REMOVED": "1"}
+    host_spec(spec, places, places[2], 5000.0, before)
+    assert spec["env"] == {
+        "CHANGED": "new",
+        "REMOVED": None,
+        "FROM_JOB": "x",
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "1",
+    }
+    assert spec["local_ranks"] == [0, 1, 0]
+    assert spec["deadline"] == 5100.0
+
+
+def test_a_reply_comes_back_on_our_clock() -> None:
+    assert json.loads(our_reply(b'{"at": 5100.5, "value": [1]}', 5000.0)) == {"at": 100.5, "value": [1]}
+    for line in (b"rubbish", b"[1]", b'{"at": "x"}', b"{}"):
+        assert our_reply(line, 5000.0) == line
+
+
+def test_the_clock_of_a_host_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever answers last has the least to say: the quickest answer counts."""
+    link = HostsLink(Hosts(["a"], SECRET), "fork", (), Path("/nonexistent"))
+    agent = _Agent(0, "a", ("a", 1), wire=None)  # type: ignore[arg-type]
+    delays, now = iter([5.0, 0.0, 3.0, 2.0, 4.0]), [100.0]
+    monkeypatch.setattr("fsdp_testkit.ranks.hosts_link.time", SimpleNamespace(monotonic=lambda: now[0]))
+    link._send = lambda *_: None  # type: ignore[method-assign]
+
+    def answer(*_: object) -> dict[str, float]:
+        now[0] += next(delays)
+        return {"now": now[0] + 5000.0}
+
+    link._wait = answer  # type: ignore[assignment, method-assign]
+    assert link._clock(agent) == 5000.0
+    monkeypatch.undo()
+    link.close()
