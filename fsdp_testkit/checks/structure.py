@@ -224,7 +224,7 @@ def _manual_units(
         kept = _other_dtype(evidence, unit)
         along = _beside_aliases(tree, rules, unit)
         verdict.expect(
-            any(unit - kept <= own <= unit | along for own in units),
+            all(any(part - kept <= own <= unit | along for own in units) for part in _parts(tree, rules, unit)),
             check=CHECK,
             rank=evidence.rank,
             parameter=min(unit),
@@ -318,6 +318,13 @@ def expected_units(rules: dict[str, dict[str, Any]], tree: dict[str, Any]) -> li
             own |= unit
         units.append(own)
     return units
+
+
+def _parts(tree: dict[str, Any], rules: dict[str, dict[str, Any]], unit: set[str]) -> list[set[str]]:
+    """Return what of a unit must stay together: all, or each block's own where blocks tie a part of themselves."""
+    owned = [(_owned(tree, module) - _nested(tree, rules, module)) & unit for module in rules]
+    own = [names - _tied_names(tree) for names in owned if names]
+    return own if len(own) > 1 and all(own) else [unit]
 
 
 def _beside_aliases(tree: dict[str, Any], rules: dict[str, dict[str, Any]], unit: set[str]) -> set[str]:

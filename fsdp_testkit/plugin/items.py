@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from fsdp_testkit.models.families import FAMILY_NAMES, family_of
 from fsdp_testkit.plugin.options import RUN_OPTIONS, usage_errors
 
 MARKERS = {
@@ -13,6 +14,7 @@ MARKERS = {
     # transformers' own name for its own tests, so that one -m selects both
     "is_fsdp_test": "a test of sharded training",
     "fsdp_deadline(seconds)": "time limit of one job on the ranks, instead of --fsdp-deadline",
+    **{name: f"a test of a model of this family: {text}" for name, text in FAMILY_NAMES.items()},
     "ranks(count, *, device, comm)": "run the test function on that many ranks; it may take rank and world_size",
 }
 
@@ -75,7 +77,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         return
     model = item.cls._fsdp_kit_model_name()
     item.stash[CELL] = Cell(model, *methods[item.originalname])
-    for name in ("fsdp", "is_fsdp_test"):
+    family = family_of(model)
+    for name in ("fsdp", "is_fsdp_test", *((family,) if family in FAMILY_NAMES else ())):
         if item.get_closest_marker(name) is None:
             item.add_marker(name)
     # TestModernbertDecoder is found by modernbert-decoder and by modernbert_decoder
