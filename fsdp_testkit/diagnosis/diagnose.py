@@ -13,7 +13,8 @@ from typing import Any
 from fsdp_testkit.core.finding import Finding
 from fsdp_testkit.diagnosis.causes import CAUSES
 from fsdp_testkit.diagnosis.names import ranks_text, short
-from fsdp_testkit.diagnosis.rules import RULES, Rule
+from fsdp_testkit.diagnosis.rule import Rule
+from fsdp_testkit.diagnosis.rules import RULES
 from fsdp_testkit.diagnosis.seen import RunFacts
 from fsdp_testkit.diagnosis.view import MARKS, SIGNS, View, factor
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fsdp_testkit.diagnosis.causes import CAUSES
 from fsdp_testkit.diagnosis.diagnose import threads
-from fsdp_testkit.diagnosis.rules import RULES, Rule
+from fsdp_testkit.diagnosis.rule import Rule
+from fsdp_testkit.diagnosis.rules import RULES
 from fsdp_testkit.diagnosis.view import MARKS, SIGNS
 
 _HEAD = """# The diagnosis

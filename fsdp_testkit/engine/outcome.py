@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,7 @@ class Outcome:
     def to_result(self, spec: ModelSpec, test: str, variant: str, backend: str, seconds: float) -> Result:
         """Return the row."""
         findings = sorted(self.verdict.findings, key=urgency)
+        causes = self.diagnosis()
         replay = f"python -m fsdp_testkit replay '{self.case.to_json()}'" if self.case is not None else ""
         compared = self.verdict.tensors > 0
         return Result(
@@ -85,15 +87,24 @@ class Outcome:
             findings=[finding.to_dict() | {"replay": replay} for finding in at_most(findings, per_check=40)],
             extra=self.extra
             | ({"case": json.loads(self.case.to_json())} if self.case is not None else {})
-            | ({"findings_total": len(findings), "diagnosis": self.diagnosis()} if findings else {}),
+            | ({"findings_total": len(findings), "diagnosis": causes} if findings else {}),
         )
 
     def diagnosis(self) -> list[dict[str, Any]]:
-        """Return the causes that fit what was found, nearest first."""
+        """Return the causes that fit what was found, nearest first.
+
+        A rule that breaks must not cost the findings: it is noted as ``diagnosis_error``.
+        """
+        if not self.verdict.findings:
+            return []
         run = self.run_facts or of_case(self.case)
         report = str(self.extra.get("report", ""))
-        causes = diagnose(self.verdict.findings, run, hints=self.hints, report=report)
-        return [cause.to_dict() for cause in causes]
+        try:
+            causes = diagnose(self.verdict.findings, run, hints=self.hints, report=report)
+            return [cause.to_dict() for cause in causes]
+        except Exception:
+            self.extra["diagnosis_error"] = traceback.format_exc()
+            return []
 
 
 def judged(case: Case, run: Run, check: Callable[[], Verdict]) -> Outcome:

@@ -14,7 +14,8 @@ from fsdp_testkit.diagnosis import CAUSES, RunFacts, diagnose, nearest
 from fsdp_testkit.diagnosis.confusion import PAIRS, confusion_lines, from_score, share
 from fsdp_testkit.diagnosis.diagnose import fields, threads
 from fsdp_testkit.diagnosis.page import page
-from fsdp_testkit.diagnosis.rules import RULES, Rule
+from fsdp_testkit.diagnosis.rule import Rule
+from fsdp_testkit.diagnosis.rules import RULES
 from fsdp_testkit.diagnosis.view import MARKS, SIGNS, View
 from fsdp_testkit.faults import museum
 from fsdp_testkit.faults.bugs import BUGS

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.core.finding import Finding
 from fsdp_testkit.engine import explain
 from fsdp_testkit.engine.outcome import Outcome
@@ -30,6 +31,19 @@ def test_what_goes_wrong_in_the_second_look_is_noted(monkeypatch: pytest.MonkeyP
     assert "KeyError: 'step 9'" in red.extra["diagnosis_error"]
     assert len(red.verdict.findings) == 1
     assert red.diagnosis()[0]["cause"] == "tie lost"
+
+
+def test_a_rule_that_breaks_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsdp_testkit.engine.outcome.diagnose", broken_rule)
+    red = outcome(Finding(check="ties", message="lost", rank=0))
+    row = red.to_result(ModelSpec(model_type="llama"), "auto_vs_ddp", "tied", "reference", 1.0)
+    assert row.outcome == "failed"
+    assert row.extra["diagnosis"] == []
+    assert "step 9" in row.extra["diagnosis_error"]
+
+
+def broken_rule(*_: object, **__: object) -> None:
+    raise KeyError("step 9")
 
 
 def test_a_green_row_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
