@@ -17,12 +17,13 @@ ROOMS = (
     "backends",
     "scenarios",
     "checks",
+    "diagnosis",
     "engine",
     "faults",
     "reporting",
     "plugin",
 )
-UP_TO_ENGINE = {"core", "ranks", "models", "reference", "backends", "scenarios", "checks"}
+UP_TO_ENGINE = {"core", "ranks", "models", "reference", "backends", "scenarios", "checks", "diagnosis"}
 #: room -> (other rooms, third-party packages); the standard library and numpy are open to all.
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "core": (set(), set()),
@@ -32,6 +33,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "backends": ({"core", "reference"}, {"torch", "transformers"}),
     "scenarios": ({"core", "models", "backends"}, {"torch", "transformers"}),
     "checks": ({"core"}, set()),
+    "diagnosis": ({"core"}, set()),
     "engine": (UP_TO_ENGINE, {"torch"}),
     "faults": (UP_TO_ENGINE | {"engine"}, {"torch", "transformers", "safetensors"}),
     "reporting": ({"core"}, set()),
