@@ -125,10 +125,14 @@ class Run:
             with open(memory, "wb", closefd=False) as file:
                 file.write(json.dumps(spec).encode())
             for rank in range(self.job.processes):
-                ours, theirs = socket.socketpair()
+                output = Output(self.logs / f"rank{rank}.log")
+                try:
+                    ours, theirs = socket.socketpair()
+                except OSError:
+                    output.close()
+                    raise
                 with theirs:
                     now = time.monotonic()
-                    output = Output(self.logs / f"rank{rank}.log")
                     seat = _Seat(rank, ours, output, self.logs / f"rank{rank}.stack", now, Stillness(now))
                     self.seats.append(seat)
                     self.link.start(rank, [theirs.fileno(), memory, output.inlet])

@@ -247,6 +247,36 @@ def returns_early(context, rank):
         reduce()
 
 
+def comes_late(context, rank, how, seconds):
+    """One rank comes to a collective late, while the others wait in it."""
+    if struck(context, rank):
+        end = time.monotonic() + seconds
+        if how == "sleeps":
+            time.sleep(seconds)
+        while time.monotonic() < end:
+            pass
+    reduce()
+    return "all came"
+
+
+def times_out(context, rank):
+    """The others wait for the timeout of a group, and are content with it."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    context.observe()
+    group = dist.new_group(timeout=timedelta(seconds=1.5))
+    if rank == context.rank:
+        return "absent"
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError:
+        return "timeout"
+    return "no timeout"
+
+
 def pollutes(context, rank, fails):
     import torch
 
