@@ -285,9 +285,7 @@ class LocalShardsStored(_WrongRows, bug="resume-with-other-world-size"):
 class IndexedExperts(Fault, bug="indexing-dtensor-gathers-everything"):
     """Fused experts are taken apart by an index into the sharded tensor, which gathers all of it each time."""
 
-    story = (
-        "a loop over the experts of a sharded tensor gathers all of it for each of them, and values are right"
-    )
+    story = "a loop over the experts of a sharded tensor gathers all of it for each of them, and values are right"
     model = MOE
     test = "save_load"
     checks = ("traffic",)
