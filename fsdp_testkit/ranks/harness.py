@@ -136,6 +136,8 @@ class Harness:
                 assert report.failure is not None
                 try:
                     report.failure.explanation = self._explain(job, identity, report)
+                except EnvironmentLacksError as error:  # what took the ranks away is still there
+                    report.failure.explanation = f"it could not be run again: {error}"
                 except BaseException:
                     report.discard()
                     raise
