@@ -19,18 +19,17 @@ from fsdp_testkit.ranks.link import Link, Place, Store, is_stopped
 from fsdp_testkit.ranks.machine import Phase
 from fsdp_testkit.ranks.output import Output
 from fsdp_testkit.ranks.rank import REPLY_LIMIT
+from fsdp_testkit.ranks.reply import objection
 from fsdp_testkit.ranks.server import UNFIT
 from fsdp_testkit.ranks.spec import checks_collectives, rank_spec
 from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, tail, waits_for_others
-from fsdp_testkit.ranks.stillness import Stillness, sleeps
+from fsdp_testkit.ranks.stillness import POLL, Stillness, Watch
 from fsdp_testkit.ranks.verdict import judge
 
 LOG_TAIL = 8000
 STACK_LIMIT = 100_000
 #: Seconds between looks at the stack files while they are being written.
 STACK_POLL = 0.03
-#: Seconds between looks at whether the ranks do anything.
-STILL_POLL = 0.25
 #: Bytes that a rank may send in all: one reply, and little else.
 RECEIVE_LIMIT = REPLY_LIMIT + 65536
 #: Messages of a rank that are discarded before its channel is closed.
@@ -76,9 +75,7 @@ class Run:
         self.pids: dict[int, _Seat] = {}
         self.selector = selectors.DefaultSelector()
         self.logs = folder / "logs"
-        self.stall = job.stall
-        self.looked_at = 0.0
-        self.stalled_for = 0.0
+        self.watch = Watch(job.stall)
 
     def execute(self, grace: float) -> JobReport:
         """Start the ranks, wait for their end and judge; ``grace`` in seconds."""
@@ -93,7 +90,7 @@ class Run:
         while self.state.phase is not Phase.DONE:
             wait = min(1.0, self.state.until - time.monotonic())
             if self._may_stall():
-                wait = min(wait, STILL_POLL)
+                wait = min(wait, POLL)
             if self.state.phase in (Phase.DUMPING, Phase.LOOKING):
                 wait = min(wait, STACK_POLL)
             for key, _ in self.selector.select(max(0.0, wait)):
@@ -214,7 +211,7 @@ class Run:
         except ValueError:
             problem = "is no JSON"
         else:
-            problem = self._objection(seat, reply)
+            problem = objection(reply, (self.identity, seat.rank, self.attempt))
         if problem:
             seat.discarded += 1
             self.notes.append(f"a reply on the channel of rank {seat.rank} was discarded: it {problem}")
@@ -226,22 +223,6 @@ class Run:
             if self.state.ranks[seat.rank].status == "running":
                 seat.reply = reply
             self._feed(machine.Replied(seat.rank, reply["status"]))
-
-    def _objection(self, seat: _Seat, reply: Any) -> str:
-        if not isinstance(reply, dict):
-            return "is no JSON object"
-        tag = (reply.get("job"), reply.get("rank"), reply.get("attempt"))
-        if tag != (self.identity, seat.rank, self.attempt):
-            return f"belongs to (job, rank, attempt) = {tag}"
-        if reply.get("status") not in ("ok", "raised", "skipped") or type(reply.get("observations", 0)) is not int:
-            return "has no valid status or number of observations"
-        numbers = (reply.get("at"), reply.get("seconds"), reply.get("ready"))
-        texts = (reply.get("error", ""), reply.get("traceback", ""))
-        if not all(isinstance(item, float | int) for item in numbers) or not all(
-            isinstance(item, str) for item in texts
-        ):
-            return "has fields of wrong types"
-        return ""
 
     def _feed(self, event: machine.Event) -> None:
         self.state, actions = machine.step(self.state, event, time.monotonic())
@@ -277,7 +258,7 @@ class Run:
 
     def _may_stall(self) -> bool:
         """Tell whether ranks could be waiting for each other without an end before the deadline."""
-        soon = self.state.deadline - time.monotonic() <= self.stall
+        soon = self.state.deadline - time.monotonic() <= self.watch.stall
         if any(place.host for place in self.places):  # their processes cannot be looked at from here
             return False
         grouped = self.job.comm in ("gloo", "nccl") and self.job.processes > 1
@@ -285,20 +266,9 @@ class Run:
         return self.state.phase is Phase.RUNNING and grouped and not checked and not soon
 
     def _look_for_life(self) -> None:
-        now = time.monotonic()
-        if now < self.looked_at + STILL_POLL:
-            return
-        self.looked_at = now
         waiting = [seat for seat in self.seats if self.state.ranks[seat.rank].status == "running"]
-        for seat in waiting:
-            seat.still.look(seat.pid, now)
-        if all(now - seat.still.since >= self.stall for seat in waiting) and all(sleeps(seat.pid) for seat in waiting):
-            self.stalled_for = now - max(seat.still.since for seat in waiting)
+        if self.watch.look([(seat.pid, seat.still) for seat in waiting], time.monotonic()):
             self._feed(machine.StoodStill())
-            # Whoever sleeps outside of a collective is asked again, but less and less often.
-            self.stall *= 2
-            for seat in waiting:
-                seat.still.since = now
 
     def _look_for_stacks(self) -> None:
         for seat in self.seats:
@@ -319,7 +289,7 @@ class Run:
             float(seat.reply.get("at", 0.0)) or self.state.ranks[seat.rank].settled_at or float("inf")
             for seat in self.seats
         ]
-        outcome, failure = judge(self.job, replies, times, self.stalled_for if self.state.stuck else 0.0)
+        outcome, failure = judge(self.job, replies, times, self.watch.stood_for if self.state.stuck else 0.0)
         return JobReport(
             outcome=outcome,
             replies=replies,

@@ -211,4 +211,6 @@ def strike(harness: Harness, fault: Fault, world_size: int, rank: int, patience:
         )
         and f"state leaked: {after.replies[0].value}",
     ]
-    return Seen("; ".join(text for text in problems if text), said.partition(": ")[2] or said, seconds, next_seconds)
+    return Seen(
+        "; ".join(text for text in problems if text), said.removeprefix(f"{job.title}: "), seconds, next_seconds
+    )
