@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, inner_model, reply
+from fsdp_testkit.scenarios.traffic import Traffic
 from fsdp_testkit.scenarios.train import copy_inputs, train
 from fsdp_testkit.scenarios.truth import EVALUATION
 
@@ -39,23 +38,10 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
         observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
         after = Evaluation(loaded, context.rank, evidence).run if parsed.option("evaluate") else None
         watch_forwards(loaded, evidence)
-        with CollectiveCounter() as counter:
+        with Traffic() as traffic:
             train(loaded, context.rank, evidence, range(parsed.steps), after_step=after)
-        evidence.facts["collectives"] = dict(counter.calls)
+        evidence.facts["collectives"] = dict(traffic.calls)
     return reply(context, evidence)
-
-
-class CollectiveCounter(TorchDispatchMode):  # type: ignore[misc] # torch is untyped here
-    """Counts the operators that exchange tensors between ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def watch_forwards(loaded: Loaded, evidence: Evidence) -> None:

@@ -22,9 +22,7 @@ from fsdp_testkit.scenarios.environment import watching_environment
 from fsdp_testkit.scenarios.memory import MemorySampler, stray_bytes
 from fsdp_testkit.scenarios.poison import poisoned_memory
 from fsdp_testkit.scenarios.reading import counting_reads
-
-#: Namespaces of operators that exchange tensors between ranks.
-COLLECTIVES = ("c10d", "_c10d_functional")
+from fsdp_testkit.scenarios.traffic import COLLECTIVES
 
 
 def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
