@@ -183,7 +183,7 @@ def _run(
         }
         report = _harness(item.config).run(_job(count, how, args, seconds, item.name))
     except KitError as error:
-        pytest.fail(f"fsdp_testkit: {error}", pytrace=False)
+        raise pytest.fail.Exception(f"fsdp_testkit: {error}", pytrace=False) from None
     try:
         if isinstance(subtests, pytest.Subtests):
             report_subtests(subtests, report.folder, count)

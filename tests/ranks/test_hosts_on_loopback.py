@@ -110,16 +110,22 @@ def test_a_killed_rank_ends_its_job_and_nothing_else(harness: Harness, agents: d
     assert eventually(lambda: children(agents["b"].process.pid) == before), "the agent and its rank server go on"
 
 
-def test_a_hang_is_reported_with_the_stack_of_every_rank(harness: Harness) -> None:
+def test_a_hang_is_reported_with_the_stack_of_every_rank(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object) -> str:
+        raise EnvironmentLacksError("host b cannot be reached")
+
+    # what is known of the first run must not be lost with the second
+    monkeypatch.setattr(harness, "_explain", unreachable)
     begun = time.monotonic()
     job = Job(target="targets:hangs", args={"rank": 3, "how": "stop"}, world_size=4, deadline=2)
-    report = harness.run(job, explain_hangs=False)
+    report = harness.run(job)
     seconds = time.monotonic() - begun
     assert any("rank 3 was in the stopped state" in note and "host b" in note for note in report.notes)
     assert all(reply.stack for reply in report.replies)
     text = failed(report)
     assert "no reply from ranks 0-1 (host a), 2-3 (host b) of 4 within 2 s: rank 3 (host b) is at hangs" in text
     assert "rank 0 (host a) waits in all_reduce" in text
+    assert "it could not be run again: host b cannot be reached" in text
     assert seconds < 2 + 5
 
 
