@@ -40,6 +40,7 @@ __all__ = [
     "forget_meshes",
     "fp32_pattern",
     "mark_initialized",
+    "moves_second_dim",
     "natural_order",
     "permutes_rows",
     "plain_class",
@@ -217,6 +218,11 @@ def changed_dims(op: Any) -> set[int] | None:
     if type(op) is _core.Transpose and not op.check_dims:
         return {op.dim0, op.dim1}
     return None
+
+
+def moves_second_dim(op: Any) -> bool:
+    """Return whether ``op`` only moves whole slices of dim 1 about, by their number alone."""
+    return type(op) in (_core.Concatenate, _core.Chunk, _core.Split) and op.dim == 1
 
 
 def permutes_rows(op: Any) -> bool:

@@ -140,15 +140,16 @@ def _build(origin: Origin, mesh: Any, plan: Plan, dtype: Any, model_class: Any, 
 def _fill(made: _Made, origin: Origin, ranks: Ranks, route: routes.Route, filler: Filler) -> None:
     """Give the model its memory and values."""
     items = origin.items(made.weights, made.model, made.places, route)
-    whole = isinstance(origin.saved, dcp.DcpCheckpoint) and not route.whole
+    # torch's reader takes a DCP folder's tensors all at once, each rank its own slices
+    at_once = origin.saved if isinstance(origin.saved, dcp.DcpCheckpoint) and not route.whole else None
     if not route.quiet:
         with ranks.phase():
-            if whole and route.reads:
-                origin.saved.read(made.places.allocate(made.loaded))
+            if at_once is not None and route.reads:
+                at_once.read(made.places.allocate(made.loaded))
         filler.fill(items)
     with ranks.phase():
-        if route.quiet and whole:
-            origin.saved.read(made.places.allocate(made.loaded))
+        if route.quiet and at_once is not None:
+            at_once.read(made.places.allocate(made.loaded))
         elif route.quiet:
             filler.fill(items)
         made.places.fill_spare(made.spare, made.recorder)

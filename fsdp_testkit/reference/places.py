@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,18 +11,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from fsdp_testkit.reference import adapter, units
+from fsdp_testkit.reference import adapter
 from fsdp_testkit.reference.build import Recorder
 from fsdp_testkit.reference.errors import LoadError
-
-#: from this size on, memory is asked for as huge pages: fewer page faults, which are most of a load's time
-HUGE = 4 * 2**20
+from fsdp_testkit.reference.grouping import Unit
 
 
 class Places:
     """The real tensors of this rank, one per parameter or buffer of the sharded meta model."""
 
-    def __init__(self, model: Any, cut: list[units.Unit], mesh: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, cut: list[Unit], mesh: Any, device: torch.device) -> None:
         self.model = model
         self.mesh = mesh
         self.device = device
@@ -64,18 +61,18 @@ class Places:
 
     def nbytes(self, name: str) -> int:
         """Return the bytes of this rank's part."""
-        return math.prod(self.part_of(name, self.shard)[1]) * self.tensors[name].element_size()
+        return math.prod(self.part_of(name, self.shard)[1]) * int(self.tensors[name].element_size())
 
     def whole_nbytes(self, name: str) -> int:
         """Return the bytes of the whole tensor."""
-        return self.tensors[name].numel() * self.tensors[name].element_size()
+        return int(self.tensors[name].numel() * self.tensors[name].element_size())
 
     def window(self, name: str) -> tuple[torch.Tensor, int]:
         """Return (this rank's part of the tensor, uninitialised if new; its first row)."""
         tensor = self.tensors[name]
         start, shape = self.part_of(name, self.shard)
         if id(tensor) not in self.real:
-            self.real[id(tensor)] = empty(shape, tensor.dtype, self._device_of(tensor))
+            self.real[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device=self._device_of(tensor))
         return self.real[id(tensor)], start
 
     def can_adopt(self, name: str, dtype: torch.dtype) -> bool:
@@ -133,20 +130,6 @@ class Places:
             stride=tensor.stride(),
         )
         return wrapped
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return an uninitialised tensor; large ones on the CPU lie in huge pages where the system has them.
-
-    Raises:
-        OSError, RuntimeError: there is no memory.
-    """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 @contextmanager

@@ -87,8 +87,8 @@ class Filler:
                 jobs = [self._prepare(item) for item in batch]
             self._exchange(jobs)
             try:
-                for job in jobs:
-                    self._take(job)
+                while jobs:  # what has arrived is not held while the next batch is made
+                    self._take(jobs.pop())
             except Exception as error:  # told to all by the next phase
                 late = error
             self.progress.add(sum(self.places.nbytes(item.name) for item in batch))

@@ -19,6 +19,9 @@ from fsdp_testkit.reference import adapter
 from fsdp_testkit.reference.errors import LoadError
 from fsdp_testkit.reference.files import Checkpoint
 
+#: bytes of a conversion's result at a time, where it can be made in parts
+CHUNK = 4 * 2**20
+
 
 @dataclass(slots=True)
 class Group:
@@ -31,8 +34,9 @@ class Group:
         targets: target name -> shape.
         dtypes: target name -> dtype in which it comes out of the file.
         strategy: how rows of a target are found: ``plain`` (same rows of the one key), ``aligned`` (same rows
-            of every key), ``stacked`` (row i is made of the i-th keys), ``permuted`` (whole rows moved about),
-            or ``full`` (convert everything, then slice).
+            of every key), ``stacked`` (row i is made of the i-th keys), ``piled`` (the same, and it consists of the
+            rows of these keys, moved about), ``permuted`` (whole rows moved about), or ``full`` (convert
+            everything, then slice).
     """
 
     name: str
@@ -145,7 +149,10 @@ def _strategy(group: Group, checkpoint: Checkpoint, model: Any) -> str:
     except Exception:  # any failure means only that the lean way is not open
         return "full"
     fits = {name: tuple(t.shape) for name, t in one.items()} == {n: (1, *s[1:]) for n, s in group.targets.items()}
-    return strategy if fits and len(rows) == 1 else "full"
+    if not fits or len(rows) != 1:
+        return "full"
+    deep = all(len(checkpoint.entries[key].shape) > 1 for _, key in group.sources)
+    return "piled" if strategy == "stacked" and deep and all(map(adapter.moves_second_dim, inner)) else strategy
 
 
 def _pick(
@@ -170,7 +177,7 @@ class GroupReader:
         self.checkpoint = checkpoint
         self.model = model
         self._converted: dict[str, torch.Tensor] | None = None
-        self._origins: dict[str, torch.Tensor] | None = None
+        self._origins: dict[str, list[int]] | None = None
 
     def read_into(self, out: torch.Tensor, target: str, start: int) -> None:
         """Fill ``out`` (any dtype and device) with rows of ``target`` from ``start`` on.
@@ -186,7 +193,15 @@ class GroupReader:
         if out.numel() == 0:
             return
         if self.group.strategy == "permuted":
-            self._permuted(out, target, start, start + out.shape[0])
+            self._permuted(out, target, start, self.group.sources)
+        elif self.group.strategy == "piled":
+            self._piled(out, target, start)
+        elif self.group.strategy in ("aligned", "stacked"):
+            # a few rows at a time: a conversion holds them more than once
+            step = max(1, CHUNK * out.shape[0] // out.nbytes)
+            for row in range(0, out.shape[0], step):
+                rows = out[row : row + step]
+                rows.copy_(self.part(target, start + row, rows.shape))
         else:
             out.copy_(self.part(target, start, out.shape))
 
@@ -208,9 +223,9 @@ class GroupReader:
             return self.checkpoint.rows(key, start, stop) if shape else self.checkpoint.full(key)
         if 0 in shape:
             return torch.empty(shape, dtype=group.dtypes[target])
-        if group.strategy == "permuted":
+        if group.strategy in ("permuted", "piled"):
             made = torch.empty(shape, dtype=group.dtypes[target])
-            self._permuted(made, target, start, stop)
+            self.read_into(made, target, start)
             return made
         if group.strategy == "full":
             if self._converted is None:
@@ -225,22 +240,28 @@ class GroupReader:
             raise LoadError(f"{target!r}: converted to {tuple(made.shape)}, expected {tuple(shape)}")
         return made
 
-    def _permuted(self, out: torch.Tensor, target: str, start: int, stop: int) -> None:
-        """Copy runs of rows, found by converting row numbers in place of rows."""
-        if self._origins is None:
-            numbers, base = [], 0
-            for pattern, key in self.group.sources:
-                shape = self.checkpoint.entries[key].shape
+    def _piled(self, out: torch.Tensor, target: str, start: int) -> None:
+        """Copy the rows that each row of ``out`` consists of."""
+        piles: dict[str, list[str]] = defaultdict(list)
+        for pattern, key in self.group.sources:
+            piles[pattern].append(key)
+        for index, rows in enumerate(out):
+            sources = [(pattern, keys[start + index]) for pattern, keys in piles.items()]
+            self._permuted(rows, target, 0, sources)
+
+    def _permuted(self, out: torch.Tensor, target: str, start: int, sources: list[tuple[str, str]]) -> None:
+        """Copy runs of rows of ``sources``, found by converting row numbers in place of rows."""
+        bounds, numbers, base = [], [], 0
+        for pattern, key in sources:
+            shape = self.checkpoint.entries[key].shape
+            bounds.append((base, base + shape[0], key))
+            if self._origins is None:
                 rows = torch.arange(base, base + shape[0]).reshape(-1, *[1] * (len(shape) - 1))
                 numbers.append((pattern, rows))
-                base += shape[0]
-            self._origins = {n: t.flatten() for n, t in self.group.convert(numbers, self.model).items()}
-        wanted = self._origins[target][start:stop].tolist()
-        bounds = []
-        base = 0
-        for _, key in self.group.sources:
-            bounds.append((base, base + self.checkpoint.entries[key].shape[0], key))
-            base = bounds[-1][1]
+            base += shape[0]
+        if self._origins is None:
+            self._origins = {n: t.flatten().tolist() for n, t in self.group.convert(numbers, self.model).items()}
+        wanted = self._origins[target][start : start + out.shape[0]]
         position = 0
         while position < len(wanted):
             low = wanted[position]

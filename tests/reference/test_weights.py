@@ -66,7 +66,7 @@ CASES: dict[str, tuple[dict[str, tuple[int, ...]], list[Any], dict[str, tuple[in
         {f"e.{i}.{w}": (4, 6) for i in range(11) for w in ("w1", "w3")},
         [core.WeightConverter(["e.*.w1", "e.*.w3"], "fused", [core.MergeModulelist(0), core.Concatenate(1)])],
         {"fused": (11, 8, 6)},
-        "stacked",
+        "piled",
     ),
     "transposed": (
         {"kernel": (4, 6)},
