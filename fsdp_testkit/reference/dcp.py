@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fsdp_testkit.reference import adapter, folders
@@ -90,7 +89,7 @@ def single_process() -> Iterator[None]:
         yield
 
 
-class _Planner(DefaultSavePlanner):  # type: ignore[misc]  # torch's classes are untyped here
+class _Planner(dist_checkpoint.DefaultSavePlanner):  # type: ignore[misc]  # torch's classes are untyped here
     """Fetches offloaded tensors when their turn to be written comes, one at a time."""
 
     def __init__(self, fetch: dict[str, Callable[[], torch.Tensor]]) -> None:

@@ -136,8 +136,6 @@ class SaveGroup:
 
     def choose(self, model: Any) -> str:
         """Return the strategy, found by converting one row on meta, or row numbers."""
-        if self.transform is None:
-            return "rows"
         specs = [*self.inputs.values(), *self.outputs.values()]
         operations = list(self.transform.operations)
         try:  # any failure means only that the lean way is not open
@@ -177,13 +175,21 @@ def groups_of(model: Any, state: Mapping[str, torch.Tensor]) -> list[SaveGroup]:
             group.transform = by_pattern[pattern]
         group.sources.append((pattern or name, name))
         group.inputs[name] = Spec(state[name].dtype, tuple(state[name].shape))
+    strategies: dict[Any, str] = {}
     for group in groups.values():
+        if group.transform is None:
+            group.outputs = {group.name: group.inputs[group.sources[0][1]]}
+            continue
         made = group.convert({name: _meta(spec) for name, spec in group.inputs.items()}, model)
         group.outputs = {
-            key if group.transform is None else adapter.apply_renamings(key, renamings): Spec(t.dtype, tuple(t.shape))
-            for key, t in made.items()
+            adapter.apply_renamings(key, renamings): Spec(tensor.dtype, tuple(tensor.shape))
+            for key, tensor in made.items()
         }
-        group.strategy = group.choose(model)
+        # the same in every layer
+        alike = id(group.transform), tuple(group.inputs.values()), tuple(group.outputs.values())
+        if alike not in strategies:
+            strategies[alike] = group.choose(model)
+        group.strategy = strategies[alike]
     return list(groups.values())
 
 

@@ -13,8 +13,8 @@ from fsdp_testkit.reference.outfile import OutFile
 from fsdp_testkit.reference.outputs import OutputFile, Piece, SaveGroup
 from fsdp_testkit.reference.sources import Source
 
-#: bytes of a tensor that are converted, or fetched from a device, at a time
-BLOCK = 32 * 2**20
+#: bytes of a tensor that are converted, or fetched from a device, at a time: little enough to stay in a cache
+BLOCK = 4 * 2**20
 #: so that each source begins aligned in the buffer it is received into
 _ALIGNMENT = 64
 

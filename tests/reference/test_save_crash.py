@@ -149,11 +149,12 @@ def kill_everywhere(base: Path, layout: str, exchanges: bool) -> None:
     save(0, folder, "safetensors", durable=False)
     put_foreign(folder)
     seen, new, killed = set(), 1, 0
-    # how the names change matters only near the end
-    for at in range(1 if exchanges else 35, 500):
+    # how the names change matters only near the end; torch writes most of a DCP folder's files in the same way
+    step = 3 if layout == "dcp" and not EVERY_STEP else 1
+    for at in range(1 if exchanges else 35, 500, step):
         (end,) = wait([start(alone, base, new, layout, at)])
         if end != -signal.SIGKILL:
-            assert end == at - 1  # it had one step less, and ended well
+            assert at - step <= end < at  # it had fewer steps, and ended well
             break
         killed += 1
         seen.add((check_after(folder) == new, len(list(base.glob(".checkpoint.*-????????????????"))) > 0))
@@ -164,7 +165,7 @@ def kill_everywhere(base: Path, layout: str, exchanges: bool) -> None:
         new = 1 - new
     # before and after, with and without something left behind
     assert seen >= {(False, True), (True, True)}
-    assert killed > 15
+    assert killed > 10
 
 
 @pytest.mark.parametrize(("layout", "exchanges"), [("safetensors", True), ("safetensors", False), ("dcp", True)])
@@ -202,7 +203,7 @@ def kill_one_of_two(base: Path) -> None:
     put_foreign(folder)
     new, states = 1, set()
     for layout in LAYOUTS:
-        for victim, stride in ((0, 13), (1, 7)):
+        for victim, stride in ((0, 19), (1, 11)):
             for at in range(1 if EVERY_STEP else 5, 500, 1 if EVERY_STEP else stride):
                 ends = wait([start(one_of_two, base, new, layout, rank, victim, at) for rank in (0, 1)])
                 if ends[victim] != -signal.SIGKILL:
