@@ -351,3 +351,31 @@ def test_pytest_under_a_torchrun_of_both_machines(network: Network) -> None:
     assert "was ended by SIGKILL before it replied" in outputs["alpha"]
     assert "1 rank of host" in outputs["beta"], "its processes have become agents"
     assert "passed" not in outputs["beta"]
+
+
+def test_pytest_under_a_torchrun_of_one_machine(network: Network) -> None:
+    """No secret and no address are needed; nothing listens beyond loopback."""
+    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "test_hosts.py", "-k", "test_first or test_ranks_killed"]
+    command = [
+        *network.within("alpha"),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=4",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command,
+        env=network.env("alpha"),
+        cwd=network.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
+    assert "was ended by SIGKILL before it replied" in done.stdout
+    assert done.stdout.count("1 rank of host") == 4
+    assert done.stdout.count("at 127.0.0.1:") == 4
+    assert own_files(network.scratch) == []
