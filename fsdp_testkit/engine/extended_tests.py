@@ -186,7 +186,9 @@ def nested_plan(tree: dict[str, Any]) -> dict[str, Any]:
     plan = manual_plan(tree)
     for name in tree["modules"]:
         block, _, child = name.rpartition(".")
-        if block in tree["blocks"] and ("attn" in child or "attention" in child) and "norm" not in child:
+        held = any(parameter.startswith(f"{name}.") for parameter in tree["parameters"])
+        attends = "attn" in child or "attention" in child
+        if block in tree["blocks"] and held and attends and "norm" not in child:
             pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
             plan["modules"][pattern] = {"reshard_after_forward": True}
     return plan
