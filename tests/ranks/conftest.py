@@ -21,6 +21,8 @@ def _importable_targets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def shared_harness() -> Iterator[Harness]:
     with Harness(preload=("numpy", "torch.distributed"), grace=1.0) as harness:
+        # the start of its server, which imports torch, counts in no test
+        harness.run(Job(target="fsdp_testkit.ranks.doctor:probe", world_size=2, deadline=120)).discard()
         yield harness
 
 
