@@ -286,3 +286,30 @@ def test_import_is_light() -> None:
         "assert 'torch' in sys.modules; bad = {'pytest', 'fsdp_testkit.core'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "doubled key 'a'"),
+        ("[" * 100_000, "is not an index"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "points outside of its folder"),
+        ('{"weight_map": {"a": ".."}}', "points outside of its folder"),
+    ],
+)
+def test_hostile_indices(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(LoadError, match=message):
+        Checkpoint(tmp_path)
+
+
+def test_a_file_that_changes_after_its_header_was_read(tmp_path: Path) -> None:
+    folder = small.checkpoint(tmp_path, "llama")
+    saved = Checkpoint(folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(LoadError, match="has changed since its header was read"):
+        saved.full("lm_head.weight")
+    path.unlink()
+    with pytest.raises(LoadError, match="cannot be read"):
+        saved.full("lm_head.weight")

@@ -80,6 +80,9 @@ def test_operations_touch_the_dims_they_are_said_to() -> None:
     assert adapter.changed_dims(core.Transpose(1, 2)) == {1, 2}
     assert adapter.changed_dims(core.Transpose(1, 2, check_dims=True)) is None
     assert adapter.changed_dims(core.MergeModulelist(0)) is None
+    assert adapter.moves_second_dim(core.Concatenate(1))
+    assert not adapter.moves_second_dim(core.Concatenate(0))
+    assert not adapter.moves_second_dim(core.Interleave(1))
     assert adapter.permutes_rows(core.PermuteForRope())
     assert adapter.permutes_rows(core.Concatenate(0))
     assert not adapter.permutes_rows(core.Concatenate(1))
