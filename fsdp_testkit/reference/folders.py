@@ -14,12 +14,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from fsdp_testkit.reference import disk
 from fsdp_testkit.reference.errors import ReferenceLoaderError, SaveError
+
+T = TypeVar("T")
 
 TRAINING = "training"
 TRAINING_STATE = "training.json"
@@ -69,6 +71,22 @@ def agree(error: BaseException | None, kind: type[ReferenceLoaderError] = SaveEr
                 raise error
             raise kind(f"rank {failing}: {text}") from error
     return found[0][1]
+
+
+def agreed(function: Callable[..., T], *arguments: Any) -> T:
+    """Return ``function(*arguments)``, or raise on every rank if it raises on any. Collective.
+
+    Inside `replaced`, whatever may fail on one rank alone and is followed by a collective goes through this: ranks
+    that fail and ranks that do not have to come to the same collectives.
+    """
+    problem: Exception | None = None
+    result: T | None = None
+    try:
+        result = function(*arguments)
+    except Exception as error:
+        problem = error
+    agree(problem)
+    return cast("T", result)
 
 
 @contextmanager

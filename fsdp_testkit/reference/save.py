@@ -69,19 +69,13 @@ def save_sharded(
         raise SaveError(f"scheduler={scheduler!r} is given without an optimizer")
     limit = _bytes(max_shard_size)
     target = Path(folder)
-    sources = _sources(model)
-    files: list[OutputFile] = []
     with folders.replaced(target, durable=durable) as partial:
+        sources, files = folders.agreed(_planned, model, layout, limit)
         if layout == "dcp":
             dcp.write(partial, sources, durable=durable)
         else:
-            groups = groups_of(model, {name: source.tensor for name, source in sources.items()})
-            files = pack(groups, limit)
             write(files, sources, model, partial, durable=durable)
-            if folders.rank() == 0 and len(files) > 1:
-                _write_index(files, model, partial, durable=durable)
-        if folders.rank() == 0:
-            _write_configs(model, partial, durable=durable)
+        folders.agreed(_write_rest, files, model, partial, durable)
         if optimizer is not None:
             training.write(model, optimizer, scheduler, partial / folders.TRAINING, durable=durable)
     places = {
@@ -91,6 +85,22 @@ def save_sharded(
         if group.transform is None and sources[group.sources[0][1]].fetch is not None
     }
     offloaded.moved(model, target, places)
+
+
+def _planned(model: Any, layout: str, limit: int) -> tuple[dict[str, Source], list[OutputFile]]:
+    """Return what is saved, and the files it goes to if they are safetensors."""
+    sources = _sources(model)
+    if layout == "dcp":
+        return sources, []
+    return sources, pack(groups_of(model, {name: source.tensor for name, source in sources.items()}), limit)
+
+
+def _write_rest(files: list[OutputFile], model: Any, folder: Path, durable: bool) -> None:
+    """Write the small files that rank 0 writes alone."""
+    if folders.rank() == 0:
+        if len(files) > 1:
+            _write_index(files, model, folder, durable=durable)
+        _write_configs(model, folder, durable=durable)
 
 
 def _sources(model: Any) -> dict[str, Source]:

@@ -76,6 +76,8 @@ def save_all(rank: int, base: Path) -> None:
         assert travels or not sent
     for phase in ("own", "whole"):
         fails_on_one_rank(rank, base, phase)
+    for layout in ("safetensors", "dcp"):
+        no_plan_on_one_rank(rank, base, layout)
 
 
 def fails_on_one_rank(rank: int, base: Path, phase: str) -> None:
@@ -97,6 +99,15 @@ def fails_on_one_rank(rank: int, base: Path, phase: str) -> None:
         save_sharded(made, base / "rows-5GB")
     outfile.OutFile.put = put  # type: ignore[method-assign]
     assert sorted(path.name for path in base.iterdir()) == before
+    dist.barrier()
+
+
+def no_plan_on_one_rank(rank: int, base: Path, layout: str) -> None:
+    """The model of one rank has no value for a buffer."""
+    made = sharded("rows")
+    made.register_buffer("strange", torch.zeros(1, device="meta" if rank == 2 else "cpu"))
+    with pytest.raises(SaveError, match="'strange' is on meta, and no offloading hook has its value"):
+        save_sharded(made, base / "rows-5GB", layout=layout, optimizer=torch.optim.SGD(made.parameters()))
     dist.barrier()
 
 
