@@ -116,7 +116,7 @@ TESTS: dict[str, TestInfo] = {
             "offloaded parameters, two micro-batches a step",
         ),
         _extended("idle_experts", DEFAULT, "auto_plan", "experts that get tokens on some ranks only"),
-        _extended("repeated_saving", DEFAULT, "safetensors", "six saves and loads in one process: no drift, no growth"),
+        _extended("repeated_saving", DEFAULT, "safetensors", "eight saves and loads in a process: no drift, no growth"),
         _extended(
             "offloaded_save", DEFAULT, "safetensors cpu_offload", "offloaded parameters trained, saved and loaded again"
         ),

@@ -137,7 +137,7 @@ def idle_experts(engine: Engine, work: SpecWork) -> list[Outcome]:
 
 
 def repeated_saving(engine: Engine, work: SpecWork) -> list[Outcome]:
-    """Six saves and loads in one process, alternately in the formats that the backend has."""
+    """Eight saves and loads in one process, alternately in the formats that the backend has."""
     case = replace(auto_case(engine, work, "repeated_saving"), scenario="repeat", steps=1)
     work.prepare([auto_case(engine, work, "auto_vs_ddp")])
     formats = [name for name in FORMATS if name in capabilities(engine)]
@@ -145,7 +145,7 @@ def repeated_saving(engine: Engine, work: SpecWork) -> list[Outcome]:
         "case": case.to_json(),
         "checkpoint": str(work.checkpoint),
         "folder": str(work.fresh_folder("rounds")),
-        "formats": formats * (6 // len(formats)),
+        "formats": formats * (8 // len(formats)),
     }
     run = work.job("extended_saving:repeat", arguments, case.layout, name=f"{work.spec.model_type} repeated saving")
     outcome = judged(case, run, lambda: checks.check_rounds(run.get()))

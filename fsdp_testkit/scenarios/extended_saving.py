@@ -1,4 +1,4 @@
-"""Six saves and loads in one process: every load is what was saved, and nothing is left behind."""
+"""Eight saves and loads in one process: every load is what was saved, and nothing is left behind."""
 
 from __future__ import annotations
 

@@ -112,9 +112,10 @@ def rounds(*tensors: int, changed: int | None = None) -> list[Evidence]:
 
 
 def test_rounds() -> None:
-    assert found(extended.check_rounds(rounds(1, 5, 7, 8, 7, 8))) == []
-    assert found(extended.check_rounds(rounds(1, 5, 7, 8, 7, 9))) == ["growth"]
-    assert found(extended.check_rounds(rounds(1, 5, 7, 8, 7, 8, changed=4))) == ["drift"]
+    assert found(extended.check_rounds(rounds(1, 5, 7, 8, 7, 8, 7, 8))) == []
+    assert found(extended.check_rounds(rounds(1, 5, 7, 8, 7, 9, 8, 9))) == []
+    assert found(extended.check_rounds(rounds(1, 5, 7, 8, 7, 9, 7, 10))) == ["growth"]
+    assert found(extended.check_rounds(rounds(1, 5, 7, 8, 7, 8, 7, 8, changed=4))) == ["drift"]
 
 
 @pytest.mark.parametrize(
