@@ -250,7 +250,7 @@ class RankAsleep(ForwardRaises):
 
     story = "rank 1 waits for something that never comes"
     weakness = "no time limit and no look at who waits where"
-    says = "sleep"
+    says = "rank 1 is at happens"
     deadline = 10.0
 
     def happens(self) -> None:
