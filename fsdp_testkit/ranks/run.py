@@ -22,7 +22,7 @@ from fsdp_testkit.ranks.rank import REPLY_LIMIT
 from fsdp_testkit.ranks.reply import objection
 from fsdp_testkit.ranks.server import UNFIT
 from fsdp_testkit.ranks.spec import checks_collectives, rank_spec
-from fsdp_testkit.ranks.stacks import is_consequence, native_error, own_part, sits_in, tail, waits_for_others
+from fsdp_testkit.ranks.stacks import is_consequence, is_whole, native_error, own_part, sits_in, tail, waits_for_others
 from fsdp_testkit.ranks.stillness import POLL, Stillness, Watch
 from fsdp_testkit.ranks.verdict import judge
 
@@ -273,8 +273,9 @@ class Run:
     def _look_for_stacks(self) -> None:
         for seat in self.seats:
             size = seat.stack.stat().st_size if seat.stack.exists() else 0
-            # faulthandler writes no end mark: complete is what does not grow between two looks.
-            if size > 0 and size == seat.stack_size:
+            # faulthandler writes no end mark. A dump of the main thread ends with the frame that started the rank; what
+            # does not grow between two looks may still be half of it, on a machine that is busy.
+            if size > 0 and size == seat.stack_size and is_whole(tail(seat.stack, LOG_TAIL)):
                 self._feed(machine.Dumped(seat.rank))
             seat.stack_size = size
 

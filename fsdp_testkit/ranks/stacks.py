@@ -43,6 +43,12 @@ def is_consequence(text: str) -> bool:
     return _CONSEQUENCE.search(text) is not None
 
 
+def is_whole(dump: str) -> bool:
+    """Tell whether the end of a dump is the outermost frame of a rank, or the mark of one that was too deep."""
+    last = dump.rstrip().rpartition("\n")[2].strip()
+    return last == "..." or last.startswith('File "<string>"')
+
+
 def is_timeout(text: str) -> bool:
     """Tell whether an error text says that a process group gave up waiting."""
     return _TIMEOUT.search(text) is not None

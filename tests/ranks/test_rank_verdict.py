@@ -16,6 +16,7 @@ from fsdp_testkit.ranks.spec import rank_spec
 from fsdp_testkit.ranks.stacks import (
     is_consequence,
     is_timeout,
+    is_whole,
     native_error,
     own_part,
     sits_in,
@@ -136,6 +137,14 @@ def test_a_wait_inside_fsdp_is_told() -> None:
 @pytest.mark.parametrize("text", ["", "rubbish", 'Thread 0x1 (most recent call first):\n  File "x'])
 def test_a_broken_stack_says_nothing(text: str) -> None:
     assert sits_in(text) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("dump", "whole"),
+    [(IN_REDUCE, True), (IN_REDUCE[:-40], False), (IN_HOOK, False), (IN_HOOK + "  ...\n", True), ("", False)],
+)
+def test_a_dump_is_whole_with_its_outermost_frame(dump: str, whole: bool) -> None:
+    assert is_whole(dump) is whole
 
 
 def test_frames_of_the_harness_are_not_shown() -> None:
