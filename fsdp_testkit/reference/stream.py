@@ -88,7 +88,7 @@ class Filler:
             self._exchange(jobs)
             try:
                 while jobs:  # what has arrived is not held while the next batch is made
-                    self._take(jobs.pop())
+                    self._take(jobs.pop(0))
             except Exception as error:  # told to all by the next phase
                 late = error
             self.progress.add(sum(self.places.nbytes(item.name) for item in batch))

@@ -15,6 +15,7 @@ import pytest
 import small
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from fsdp_testkit.reference import LoadError, load_sharded, places, save_sharded
@@ -204,6 +205,11 @@ def test_a_failure_of_one_rank_is_raised_by_all(tmp_path: Path) -> None:
 
 def auto(rank: int, base: Path) -> None:
     mesh = mesh_of((2,))
+    # a tied parameter that is in the file twice is sent twice and compared
+    twice = load_sharded(base / "twice", mesh, source="rank0", dtype=torch.float64)
+    assert_equal_to(twice, small.build("llama", tie=True).double())
+    with pytest.raises(LoadError, match="are tied, but the file holds different values"):
+        load_sharded(base / "unequal", mesh, source="rank0")
     folder = base / "llama"
     with pytest.MonkeyPatch.context() as patch:
         opened = counted(patch)
@@ -220,6 +226,11 @@ def auto(rank: int, base: Path) -> None:
 
 def test_auto_reads_where_the_folder_is(tmp_path: Path) -> None:
     small.build("llama").save_pretrained(tmp_path / "llama")
+    for name, change in (("twice", 0.0), ("unequal", 1.0)):
+        small.build("llama", tie=True).save_pretrained(tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     local_ranks.run(auto, 2, tmp_path)
 
 
