@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"core"}, {"torch", "transformers"}),
     "reference": (set(), {"torch", "transformers", "safetensors", "tqdm"}),
     "backends": ({"core", "reference"}, {"torch", "transformers"}),
-    "scenarios": ({"core", "models", "backends"}, {"torch", "transformers"}),
+    "scenarios": ({"core", "models", "backends"}, {"torch", "transformers", "safetensors"}),
     "checks": ({"core"}, set()),
     "diagnosis": ({"core"}, set()),
     "engine": (UP_TO_ENGINE, {"torch"}),
