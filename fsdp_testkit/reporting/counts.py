@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.core.result import Result
@@ -64,8 +64,7 @@ def read_counts(path: Path) -> Counts:
     counts = document.get("counts") if isinstance(document, dict) else None
     if schema != SCHEMA or not _well_formed(counts):
         raise UsageError(f"counts {path} must be what python -m fsdp_testkit counts writes (schema {SCHEMA!r})")
-    result: Counts = counts
-    return result
+    return cast("Counts", counts)
 
 
 def _well_formed(counts: Any) -> bool:
