@@ -30,7 +30,7 @@ class Progress:
         if not self._shown:
             return
         if self._bar is None and time.monotonic() - self._began > PATIENCE:
-            from tqdm import tqdm  # type: ignore[import-untyped]  # comes with transformers
+            from tqdm import tqdm  # comes with transformers
 
             self._bar = tqdm(total=self.total, unit="B", unit_scale=True, desc="loading", leave=False)
         if self._bar is not None:
