@@ -147,7 +147,8 @@ class Harness:
         """Say which collectives of a job that hung do not match."""
         if said := recorder.mismatch(recorder.read(report.folder / "logs", job.processes)):
             return said  # NCCL's are always recorded
-        recorded = recorder.available()
+        # what the recorder dumps stays on a host, and only here can it be read
+        recorded = recorder.available() and self.hosts is None
         env = job.env if recorded else {**job.env, **DETAIL}
         # It came to this point once; it need not wait as long as the deadline to come there again.
         stall = max(job.stall, 4 * recorder.PERIOD)  # the last collective has to be on record by then
