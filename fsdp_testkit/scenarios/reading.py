@@ -56,9 +56,7 @@ def counting_reads() -> Iterator[BytesRead]:
     # by its name alone: a look at every global of every module would copy most of the memory shared with other ranks
     name = original.__name__
     places = [
-        (module, name)
-        for module in list(sys.modules.values())
-        if getattr(module, "__dict__", {}).get(name) is original
+        (module, name) for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is original
     ]
     for module, name in places:
         setattr(module, name, opened)
