@@ -31,7 +31,7 @@ class OwnFolder:
 
     def __init__(self, parent: Path | None = None) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        self._lock = _lock(self.path)
+        self._lock = hold(self.path)
 
     def release(self) -> None:
         """Give up the ownership; the folder stays, as far as it is still there."""
@@ -55,15 +55,22 @@ def remove_orphans(parent: Path, young: float = YOUNG) -> int:
                 mine = entry.is_dir(follow_symlinks=False) and known.st_uid == os.getuid()
                 if not (mine and entry.name.startswith(PREFIX)) or time.time() < known.st_mtime + young:
                     continue
-                if (lock := _lock(Path(entry.path))) >= 0:
+                if (lock := hold(Path(entry.path))) >= 0:
                     shutil.rmtree(entry.path, ignore_errors=True)
                     os.close(lock)
                     count += 1
     return count
 
 
-def _lock(path: Path) -> int:
-    """Return a file that holds the lock, -1 where somebody else has it or locks are not to be had."""
+def hold(path: Path) -> int:
+    """Own a folder until this process ends or the returned file is closed.
+
+    Returns:
+        a file descriptor that holds the lock, -1 where somebody else has it or locks are not to be had.
+
+    Raises:
+        OSError: the folder cannot be opened.
+    """
     file = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_testkit.core.errors import EnvironmentLacksError
+from fsdp_testkit.ranks.folders import hold
 from fsdp_testkit.ranks.link import ServerLink, Store, is_stopped, open_store
 from fsdp_testkit.ranks.mirror import STAYS, TOKEN, Mirror, TooLargeError
 from fsdp_testkit.ranks.output import Output
@@ -109,6 +110,8 @@ class Session:
         self.link: ServerLink | None = None
         self.opened = False
         self.private = Path()
+        #: Holds the lock of the folder that is this session's own.
+        self.held = -1
         self.mirror: Mirror | None = None
         self.owns_root = False
         self.seats: dict[int, _Seat] = {}
@@ -148,6 +151,9 @@ class Session:
         self.store = None
         if self.private != Path():
             shutil.rmtree(self.private, ignore_errors=True)
+        if self.held >= 0:
+            os.close(self.held)
+            self.held = -1
         if self.owns_root and self.mirror is not None:
             shutil.rmtree(self.mirror.root, ignore_errors=True)
         self.wire.close()  # last: who waits for it knows that nothing is left
@@ -200,11 +206,14 @@ class Session:
             if not shared:
                 root.mkdir(mode=0o700, parents=True)  # one that is there already is not ours
                 self.owns_root = True
+                self.held = hold(root)  # harnesses on this host delete what nobody owns
                 self.mirror = Mirror(root)
                 (root / TOKEN).write_text(request["token"])
             # inside the folder: the rank server deletes it, should this process be killed
             prefix, parent = ("fsdp_testkit-host-", None) if shared else (STAYS, root)
             self.private = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            if shared:
+                self.held = hold(self.private)
         except OSError as error:
             advice = "pytest's TMPDIR must name a folder that can be made on all hosts"
             self.wire.send({"failed": f"cannot make {root}: {error.strerror}; {advice}"})

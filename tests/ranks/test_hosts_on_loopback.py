@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from agents import SECRET, AgentProcess, secret_file
 
 from fsdp_testkit.core.errors import EnvironmentLacksError, UsageError
 from fsdp_testkit.ranks import Harness, Hosts, Job, JobReport
+from fsdp_testkit.ranks.folders import hold
 from fsdp_testkit.ranks.wire import Wire, ask
 
 
@@ -126,7 +128,7 @@ def test_a_hang_is_reported_with_the_stack_of_every_rank(harness: Harness, monke
     assert "no reply from ranks 0-1 (host a), 2-3 (host b) of 4 within 2 s: rank 3 (host b) is at hangs" in text
     assert "rank 0 (host a) waits in all_reduce" in text
     assert "it could not be run again: host b cannot be reached" in text
-    assert seconds < 2 + 5
+    assert seconds < 30, "far more than a loaded machine adds to the deadline"
 
 
 def test_a_mismatch_of_collectives_is_explained_by_the_second_run(harness: Harness) -> None:
@@ -219,3 +221,11 @@ def test_an_agent_that_ends_is_named_and_its_return_is_noticed(tmp_path: Path) -
 
 def test_the_secret_file_of_tests_is_private(tmp_path: Path) -> None:
     assert secret_file(tmp_path).stat().st_mode & 0o077 == 0
+
+
+def test_sessions_own_their_folders(harness: Harness) -> None:
+    # a harness that starts beside them deletes what nobody owns
+    harness.run(Job(target="targets:good", world_size=4)).discard()
+    folders = list(Path(tempfile.gettempdir()).glob("fsdp_testkit-host-*"))
+    assert len(folders) >= 2
+    assert [hold(folder) for folder in folders] == [-1] * len(folders)
