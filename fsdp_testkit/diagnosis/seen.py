@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fsdp_testkit.core.case import Case
@@ -74,14 +74,9 @@ def of_run(case: Case, run: list[Evidence], truth: Evidence, parts: Evidence | N
         parts: evidence of `fsdp_testkit.scenarios.parts` for step ``first_bad``, if it was made.
         first_bad: the first step with a wrong loss or gradient.
     """
-    layout = case.layout
     steps = [int(key) for key in truth.facts["tokens"] if all(key in evidence.facts["norms"] for evidence in run)]
-    return RunFacts(
-        world=layout.world_size,
-        replicate=layout.replicate,
-        shard=layout.shard,
-        dtype=case.dtype,
-        dropout=case.model.dropout > 0,
+    return replace(
+        of_case(case),
         first_bad=first_bad,
         losses_as=_losses_as(run, parts) if parts is not None else "",
         tokens={step: _mean(truth.facts["tokens"][str(step)]) for step in steps},

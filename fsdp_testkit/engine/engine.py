@@ -40,6 +40,7 @@ PRELOAD = (
     "transformers.integrations",
     "transformers.models.auto.modeling_auto",
     "fsdp_testkit.scenarios.warm",
+    "fsdp_testkit.scenarios.batch",
     "fsdp_testkit.scenarios.train",
     "fsdp_testkit.scenarios.truth",
     "fsdp_testkit.scenarios.saving",

@@ -19,7 +19,7 @@ from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, inner_model, reply
 from fsdp_testkit.scenarios.traffic import Traffic
-from fsdp_testkit.scenarios.train import copy_inputs, train
+from fsdp_testkit.scenarios.train import begin, copy_inputs, train
 from fsdp_testkit.scenarios.truth import EVALUATION
 
 
@@ -31,11 +31,8 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     of `Evaluation`.
     """
     parsed = Case.from_json(case)
-    evidence = Evidence(rank=context.rank)
     with armed(parsed, context) as backend:
-        loaded = Loaded(parsed, backend, Path(checkpoint))
-        evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-        observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
+        loaded, evidence = begin(parsed, context.rank, backend, Path(checkpoint))
         after = Evaluation(loaded, context.rank, evidence).run if parsed.option("evaluate") else None
         watch_forwards(loaded, evidence)
         with Traffic() as traffic:

@@ -10,11 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 from fsdp_testkit.core.case import Case
-from fsdp_testkit.core.evidence import Evidence
-from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import Loaded, inner_model, reply
-from fsdp_testkit.scenarios.train import train
+from fsdp_testkit.scenarios.common import reply
+from fsdp_testkit.scenarios.train import begin, train
 
 #: Time limit of the group's collectives during the save, in seconds: nobody else will come.
 PATIENCE = 2.0
@@ -27,12 +25,9 @@ def save(context: Any, *, case: str, checkpoint: str, folder: str) -> dict[str, 
     ``seconds``. The evidence holds the trained weights as ``final/``. The process group is of no use afterwards.
     """
     parsed = Case.from_json(case)
-    evidence = Evidence(rank=context.rank)
     done = Path(folder).with_name("lone.done")
     with armed(parsed, context) as backend:
-        loaded = Loaded(parsed, backend, Path(checkpoint))
-        evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-        observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
+        loaded, evidence = begin(parsed, context.rank, backend, Path(checkpoint))
         train(loaded, context.rank, evidence, range(1))
         dist.barrier()
         assert dist.group.WORLD is not None

@@ -15,8 +15,8 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import Loaded, inner_model, optimizer_config, reply, seed_everything
-from fsdp_testkit.scenarios.train import copy_inputs, train
+from fsdp_testkit.scenarios.common import Loaded, optimizer_config, reply, seed_everything
+from fsdp_testkit.scenarios.train import begin, copy_inputs, train
 
 #: The rank whose gradient is made non-finite.
 POISONED = 1
@@ -57,11 +57,8 @@ class OneBackward:
 def together(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     """Train as ``train:run`` does, in steps of `OneBackward`."""
     parsed = Case.from_json(case)
-    evidence = Evidence(rank=context.rank)
     with armed(parsed, context) as backend:
-        loaded = Loaded(parsed, backend, Path(checkpoint))
-        evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-        observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
+        loaded, evidence = begin(parsed, context.rank, backend, Path(checkpoint))
         stepping: Any = OneBackward(backend)
         loaded.backend = stepping
         train(loaded, context.rank, evidence, range(parsed.steps))

@@ -18,17 +18,14 @@ from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, inner_model, make_scheduler, optimizer_config, reply
 from fsdp_testkit.scenarios.resume import scramble
 from fsdp_testkit.scenarios.saving import trained
-from fsdp_testkit.scenarios.train import train
+from fsdp_testkit.scenarios.train import begin, train
 
 
 def save(context: Any, *, case: str, checkpoint: str, folder: str) -> dict[str, Any]:
     """Train the case's steps and save weights and training state; ``final/`` and ``optimizer/`` are what was saved."""
     parsed = Case.from_json(case)
-    evidence = Evidence(rank=context.rank)
     with armed(parsed, context) as backend:
-        loaded = Loaded(parsed, backend, Path(checkpoint))
-        evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-        observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
+        loaded, evidence = begin(parsed, context.rank, backend, Path(checkpoint))
         optimizer, scheduler = train(loaded, context.rank, evidence, range(parsed.steps))
         observe.observe_buffers(loaded.model, evidence)
         backend.save(loaded.model, Path(folder) / "weights", layout=parsed.option("format", "dcp"))

@@ -15,7 +15,7 @@ from fsdp_testkit.scenarios import kept, observe
 from fsdp_testkit.scenarios.arming import armed
 from fsdp_testkit.scenarios.common import Loaded, inner_model, reply, resolved, torch_dtype
 from fsdp_testkit.scenarios.traffic import Traffic
-from fsdp_testkit.scenarios.train import train
+from fsdp_testkit.scenarios.train import begin, train
 
 
 def save(context: Any, *, case: str, checkpoint: str, folder: str) -> dict[str, Any]:
@@ -36,10 +36,7 @@ def save(context: Any, *, case: str, checkpoint: str, folder: str) -> dict[str, 
 
 def trained(case: Case, rank: int, backend: Any, checkpoint: Path) -> tuple[Loaded, Evidence]:
     """Train a fresh model; return it and the evidence of its training."""
-    evidence = Evidence(rank=rank)
-    loaded = Loaded(case, backend, checkpoint)
-    evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-    observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
+    loaded, evidence = begin(case, rank, backend, checkpoint)
     train(loaded, rank, evidence, range(case.steps))
     return loaded, evidence
 

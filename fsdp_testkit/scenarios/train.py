@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fsdp_testkit.backends.base import MicroBatch
+from fsdp_testkit.backends.base import Backend, MicroBatch
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.models.expectations import runs_in
@@ -44,6 +44,15 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     if not parsed.fault:
         kept.offer(parsed, loaded, evidence)
     return reply(context, evidence)
+
+
+def begin(case: Case, rank: int, backend: Backend, checkpoint: Path) -> tuple[Loaded, Evidence]:
+    """Load a model; return it and evidence that holds its parameters and their initial weights."""
+    evidence = Evidence(rank=rank)
+    loaded = Loaded(case, backend, checkpoint)
+    evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
+    observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "initial/")
+    return loaded, evidence
 
 
 def observe_loaded(loaded: Loaded, rank: int, evidence: Evidence) -> None:
