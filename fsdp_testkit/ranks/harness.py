@@ -182,12 +182,7 @@ class Harness:
         if self.start_method != "forkserver":
             return ""
         with self._lock:
-            link = self._link(Job(target=target))
-            try:
-                link.wait_ready()
-            except EnvironmentLacksError:
-                self._drop_links()
-                raise
+            link = self._ready(Job(target=target))
             problem = link.warm(target, args, limit)
             if problem is None:
                 self._drop_links(at_once=True)
@@ -220,7 +215,8 @@ class Harness:
     def _ready(self, job: Job) -> Link:
         link = self._link(job)
         try:
-            link.wait_ready()
+            if link.wait_ready():
+                self._store = None  # it may have been held by an agent's session that is gone
         except BaseException:
             self._drop_links()
             raise

@@ -104,12 +104,13 @@ class HostsLink:
 
     # --- connections ---------------------------------------------------------------------------------------------
 
-    def wait_ready(self) -> None:
+    def wait_ready(self) -> bool:
         """Connect to all agents and wait for their rank servers; replace connections that were lost."""
         if self.agents:
             self._pump(0.0)
         if self.agents and not any(agent.lost for agent in self.agents):
-            return
+            return False
+        lost = [f"{agent} was connected anew: {agent.lost}" for agent in self.agents if agent.lost]
         self._disconnect(STOP_LIMIT)
         known = bool(self.hosts.agents)
         end = time.monotonic() + (PATIENCE if known else FIRST_PATIENCE)
@@ -124,6 +125,8 @@ class HostsLink:
             self._open(token)
         except WireError as error:
             raise EnvironmentLacksError(str(error)) from None
+        self.problems += lost
+        return True
 
     def _check_addresses(self) -> None:
         names = {agent.host: agent for agent in self.agents}

@@ -52,8 +52,12 @@ class Link(Protocol):
         """Return what becomes readable when there is something to receive."""
         ...
 
-    def wait_ready(self) -> None:
-        """Wait until ranks can be started; raise `EnvironmentLacksError` where they cannot."""
+    def wait_ready(self) -> bool:
+        """Wait until ranks can be started; raise `EnvironmentLacksError` where they cannot.
+
+        Returns:
+            Whether it was connected anew: a store that was opened before may have gone with the old connection.
+        """
         ...
 
     def place(self, ranks: int, together: int) -> list[Place]:
@@ -123,14 +127,14 @@ class ServerLink:
                 start_new_session=True,  # Ctrl-C at the terminal reaches the parent only
             )
 
-    def wait_ready(self) -> None:
-        """Wait until ranks can be started.
+    def wait_ready(self) -> bool:
+        """Wait until ranks can be started; the store is not the server's, so that it stays.
 
         Raises:
             EnvironmentLacksError: the server ended or did not come up in time.
         """
         if self._ready:
-            return
+            return False
         self.socket.settimeout(START_LIMIT)
         try:
             message = self.next()
@@ -143,6 +147,7 @@ class ServerLink:
             raise EnvironmentLacksError(f"the rank server did not start; it printed:\n{output}")
         self.problems = list(message["problems"])
         self._ready = True
+        return False
 
     def fileno(self) -> int:
         """Return the socket's; see `Link`."""

@@ -126,6 +126,8 @@ class Session:
             while not ended:
                 watching = any(seat.dumping for seat in self.seats.values())
                 for key, _ in self.selector.select(STACK_POLL if watching else None):
+                    if self.selector.get_map().get(key.fd) is not key:
+                        continue  # closed by what came before it in this round: it must not be heard again
                     if key.data is None:
                         ended = self._obey_all(self.wire.arrived())
                     elif key.data is self.link:

@@ -30,13 +30,22 @@ class AgentProcess:
         listen: address and port.
         ranks: that it offers.
         within: a command that runs it, such as ``ip netns exec NAME``.
+        program: what stands for ``fsdp_testkit``.
     """
 
     def __init__(
-        self, folder: Path, name: str, listen: str, ranks: int = 2, *, within: Sequence[str] = (), env: dict[str, str]
+        self,
+        folder: Path,
+        name: str,
+        listen: str,
+        ranks: int = 2,
+        *,
+        within: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "fsdp_testkit"),
+        env: dict[str, str],
     ) -> None:
         self.log = folder / f"{name}.log"
-        command = [*within, sys.executable, "-m", "fsdp_testkit", "ranks", "--listen", listen, "--name", name]
+        command = [*within, sys.executable, *program, "ranks", "--listen", listen, "--name", name]
         command += ["--ranks", str(ranks), "--secret-file", str(secret_file(folder)), "--beyond-loopback"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, stdout=log, env=env)

@@ -102,8 +102,6 @@ def test_an_exception_is_reported_with_its_host(harness: Harness) -> None:
     assert "3 (host b) raised RuntimeError" in text, "a consequence, of which the host is named as well"
 
 
-# once in some ten runs beside other work another rank is named first; passes alone. Not understood yet.
-@pytest.mark.xfail(strict=False, reason="the killed rank is not always the one that is named first")
 def test_a_killed_rank_ends_its_job_and_nothing_else(harness: Harness, agents: dict[str, AgentProcess]) -> None:
     job = Job(target="targets:ends", args={"rank": 3, "how": "SIGKILL"}, world_size=4, deadline=30)
     harness.run(Job(target="targets:good", world_size=4)).discard()
@@ -219,6 +217,37 @@ def test_an_agent_that_ends_is_named_and_its_return_is_noticed(tmp_path: Path) -
     finally:
         for agent in started:
             agent.stop()
+
+
+def test_a_session_that_is_lost_between_jobs_is_replaced_with_its_store(
+    harness: Harness, agents: dict[str, AgentProcess]
+) -> None:
+    harness.run(Job(target="targets:good", world_size=4)).discard()
+    agent = agents["a"].process.pid
+    sessions = [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+    assert sessions
+    for pid in sessions:
+        os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in sessions))
+    report = harness.run(Job(target="targets:good", world_size=4, deadline=30))
+    assert report.outcome == "passed", report.failure and report.failure.render()
+    assert any("host a" in note and "was connected anew: the other side closed" in note for note in report.notes)
+    report.discard()
+
+
+def test_a_rank_that_is_told_to_have_ended_is_not_heard_again(tmp_path: Path) -> None:
+    program = [str(Path(__file__).with_name("server_first.py"))]
+    agent = AgentProcess(tmp_path, "e", "127.0.0.1:0", program=program, env=dict(os.environ))
+    try:
+        with Harness(preload=(), hosts=Hosts([agent.address], SECRET.encode())) as harness:
+            report = harness.run(Job(target="targets:plain", world_size=2, comm="none", deadline=30))
+            assert report.outcome == "passed", report.failure and report.failure.render()
+            report.discard()
+    finally:
+        assert agent.stop() == 0, agent.log.read_text()
+    log = agent.log.read_text()
+    assert "turned round" in log
+    assert "Traceback" not in log, log
 
 
 def test_the_secret_file_of_tests_is_private(tmp_path: Path) -> None:
