@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def replay(arguments: argparse.Namespace) -> int:
     """Run one case again and print its findings."""
+    from fsdp_testkit.models.own_code import check_code
     from fsdp_testkit.plugin.options import check_backend, deadline, load_class
 
     text = Path(arguments.case[1:]).read_text("utf-8") if arguments.case.startswith("@") else arguments.case
@@ -54,6 +55,8 @@ def replay(arguments: argparse.Namespace) -> int:
     check_backend("case: backend", case.backend)
     if case.fault:
         load_class("case: fault", case.fault)
+    if case.model.code:
+        check_code("case: code", case.model.code, trusted=arguments.trust_remote_code, option="--trust-remote-code")
     limit = deadline("--deadline", arguments.deadline)
     if not os.environ.get("FSDP_TESTKIT_ANY_VERSION"):
         check_supported()
@@ -68,6 +71,7 @@ def replay(arguments: argparse.Namespace) -> int:
             seed=case.seed,
             deadline=limit,
             fault=case.fault,
+            trust_remote_code=arguments.trust_remote_code,
         )
     )
     try:
@@ -220,6 +224,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("replay", help="run one case again, as printed with a failure")
     command.add_argument("case", help="the case's JSON, or @FILE that holds it")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code of the folder that the case names, if it does"
+    )
     command.add_argument("--deadline", default="60", metavar="SECONDS", help="time limit of one job (60)")
     command.add_argument("--findings", type=int, default=50, metavar="N", help="findings to print (50)")
     command.set_defaults(run=replay)

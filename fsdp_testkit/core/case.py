@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import PurePath
 from typing import Any
 
 from fsdp_testkit.core.errors import UsageError
@@ -28,8 +30,10 @@ class ModelSpec:
         model_type: transformers' model type, or a free name for a custom config.
         tie: requested ``tie_word_embeddings``; ``None`` keeps the config's own value.
         config: ``""`` when the catalogue's tiny rules build the config; else JSON of ``config.to_dict()``.
-        config_class: ``module:QualName``, needed with ``config``.
+        config_class: ``module:QualName``, needed with ``config`` unless there is ``code``.
         model_class: ``module:QualName``; ``""`` asks the causal-LM mapping.
+        code: absolute path of a folder whose ``auto_map`` names the classes; ``""`` for none. To name it is no leave
+            to run it: who runs the case has to say that.
         dropout: probability given to every dropout field of the config (0 switches them off).
         adapters: whether the model has low-rank adapters (see ``models.adapted``); a case that freezes then
             freezes all else.
@@ -40,14 +44,19 @@ class ModelSpec:
     config: str = ""
     config_class: str = ""
     model_class: str = ""
+    code: str = ""
     dropout: float = 0.0
     adapters: bool = False
 
     def __post_init__(self) -> None:
         if not self.model_type:
             raise UsageError("model_type='' must be a name such as 'llama'")
-        if self.config and not self.config_class:
+        if self.config and not self.config_class and not self.code:
             raise UsageError(f"config_class must be 'module:QualName' where config is given ({self.model_type})")
+        if not isinstance(self.code, str) or (self.code and not PurePath(self.code).is_absolute()):
+            raise UsageError(f"code={self.code!r} must be the absolute path of a folder ({self.model_type})")
+        if self.code and (self.config_class or self.model_class or not self.config):
+            raise UsageError(f"code={self.code!r} names the classes itself, and needs a config ({self.model_type})")
 
     @property
     def variant(self) -> str:
@@ -159,6 +168,12 @@ class Case:
     def key(self) -> str:
         """Short stable name of the case, usable in file names."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def replay_command(case: str) -> str:
+    """Return the shell command that runs a case again; who runs it has to see that it runs code of a folder."""
+    consent = "--trust-remote-code " if json.loads(case).get("model", {}).get("code") else ""
+    return f"python -m fsdp_testkit replay {consent}{shlex.quote(case)}"
 
 
 @functools.lru_cache(maxsize=1024)

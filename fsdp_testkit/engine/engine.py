@@ -22,7 +22,9 @@ from fsdp_testkit.engine.outcome import Outcome
 from fsdp_testkit.engine.procedures import PROCEDURES
 from fsdp_testkit.engine.tests import prepare
 from fsdp_testkit.engine.work import OracleFailedError, SpecWork
+from fsdp_testkit.models.own_code import CONSENT, check_code
 from fsdp_testkit.ranks import Harness, Hosts, Slots
+from fsdp_testkit.ranks.mirror import STAYS
 
 #: Modules that every rank needs: imported once in the server that ranks are forked from.
 PRELOAD = (
@@ -53,6 +55,10 @@ PRELOAD = (
 )
 
 
+#: Where transformers keeps its copies of the code of models' folders, in the harness's; each host has its own.
+MODULES = f"{STAYS}modules"
+#: How a user agrees to run such code.
+CONSENT_OPTION = "--fsdp-trust-remote-code (fsdp_trust_remote_code = True in a test class)"
 #: A test and its variant.
 Cell = tuple[str, str]
 
@@ -68,6 +74,7 @@ class Settings:
         seed: of weights, batches and dropout.
         deadline: seconds for one job.
         fault: ``module:Class`` armed in every job of the backend, or ``""``.
+        trust_remote_code: whether the user agreed to run the code of a model's folder (``ModelSpec.code``).
     """
 
     backend: str = "reference"
@@ -76,6 +83,7 @@ class Settings:
     seed: int = 0
     deadline: float = 60.0
     fault: str = ""
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -123,13 +131,17 @@ class Engine:
             one row or more; a model that fails gives rows that say so.
 
         Raises:
-            UsageError: unknown test or variant.
+            UsageError: unknown test or variant, or a model with code that nobody agreed to run.
             EnvironmentLacksError: torch or transformers is missing or of an unsupported version.
         """
         if test not in TESTS:
             raise UsageError(f"test={test!r} must be one of {', '.join(TESTS)}")
         if variant not in ("untied", "tied", "default"):
             raise UsageError(f"variant={variant!r} must be 'untied', 'tied' or 'default'")
+        if spec.code:
+            check_code(
+                f"{spec.model_type}: code", spec.code, trusted=self.settings.trust_remote_code, option=CONSENT_OPTION
+            )
         cell = (test, variant)
         if (spec, cell) in self._done and not self.settings.fault:
             return self._done.pop((spec, cell))
@@ -290,6 +302,8 @@ class Engine:
                 scale_deadlines=True,
                 hosts=self._hosts,
             )
+            if self.settings.trust_remote_code:
+                self._harness.env.update(consent(self._harness.folder))
             self._jobs = Jobs(self._harness)
             self._folder = self._harness.folder / "models"
             self._folder.mkdir()
@@ -303,6 +317,16 @@ class Engine:
             work.close()
         self._works.clear()
         self._done.clear()
+
+
+def consent(folder: Path) -> dict[str, str]:
+    """Return the environment of ranks that may run the code of a model's folder.
+
+    transformers keeps its copy of such code under the harness's folder, which goes with it, and fetches nothing. It
+    reads these variables when it is imported:
+    https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables.
+    """
+    return {CONSENT: "1", "HF_MODULES_CACHE": str(folder / MODULES), "HF_HUB_OFFLINE": "1"}
 
 
 def same_model(spec: ModelSpec) -> ModelSpec:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fsdp_testkit.core.case import Case, ModelSpec
+from fsdp_testkit.core.case import Case, ModelSpec, replay_command
 from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.diagnosis import RunFacts, diagnose, of_case
@@ -68,7 +68,7 @@ class Outcome:
         """Return the row."""
         findings = sorted(self.verdict.findings, key=urgency)
         causes = self.diagnosis()
-        replay = f"python -m fsdp_testkit replay '{self.case.to_json()}'" if self.case is not None else ""
+        replay = replay_command(self.case.to_json()) if self.case is not None else ""
         compared = self.verdict.tensors > 0
         return Result(
             model_type=spec.model_type,

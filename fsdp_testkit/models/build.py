@@ -19,7 +19,7 @@ from torch import nn
 
 from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.core.errors import UsageError
-from fsdp_testkit.models import adapter, rules
+from fsdp_testkit.models import adapter, remote_code, rules
 from fsdp_testkit.models.adapted import adapted
 from fsdp_testkit.models.catalogue import causal_lm_types
 from fsdp_testkit.models.tiny import tiny_config
@@ -43,10 +43,18 @@ def resolve(spec: ModelSpec) -> tuple[Any, Any]:
     """Return a fresh config and the model class of a spec.
 
     Raises:
-        UsageError: the model type, config or class cannot be found.
+        UsageError: the model type, config or class cannot be found, or is code that this process may not run.
     """
-    config = _custom_config(spec) if spec.config else tiny_config(spec.model_type, tie=spec.tie, dropout=spec.dropout)
-    model_class = _imported(spec.model_class) if spec.model_class else adapter.causal_lm_class(config)
+    model_class: Any
+    if spec.code:
+        model_class = remote_code.model_class(spec.code)
+        config = _custom_config(spec, model_class.config_class)
+    elif spec.config:
+        config = _custom_config(spec, _imported(spec.config_class))
+    else:
+        config = tiny_config(spec.model_type, tie=spec.tie, dropout=spec.dropout)
+    if not spec.code:
+        model_class = _imported(spec.model_class) if spec.model_class else adapter.causal_lm_class(config)
     if model_class is None:
         raise UsageError(f"model_type={spec.model_type!r} has no causal-LM class: give model_class='module:QualName'")
     if not spec.model_class:
@@ -250,8 +258,7 @@ def _embedding(model: nn.Module, side: str) -> Any:
         return None
 
 
-def _custom_config(spec: ModelSpec) -> Any:
-    kind = _imported(spec.config_class)
+def _custom_config(spec: ModelSpec, kind: Any) -> Any:
     try:
         values = json.loads(spec.config)
     except json.JSONDecodeError as error:

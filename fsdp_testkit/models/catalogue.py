@@ -92,7 +92,8 @@ def select(text: str) -> tuple[str, ...]:
 
     Args:
         text: comma-separated model types, ``headline``, ``headline_dense``, ``headline_moe``, ``all``, or
-            paths that end in ``config.json`` (returned as they are).
+            paths of a ``config.json`` or of a folder with one (returned as they are). A folder in the current one
+            that has a model type's name is ``./llama``.
 
     Raises:
         UsageError: a name is unknown (the message has near matches), a path does not exist, nothing is named.
@@ -113,16 +114,23 @@ def select(text: str) -> tuple[str, ...]:
             if not Path(part).is_file():
                 raise UsageError(f"models={part!r} must be an existing config.json")
             chosen.append(part)
+        elif Path(part).is_dir():
+            chosen.append(part)
         else:
             near = near_matches(part)
             hint = f"; near matches: {', '.join(near)}" if near else ""
             raise UsageError(
                 f"models={part!r} must be a causal-LM model type of the installed transformers, "
-                f"one of {', '.join(groups)}, or a path to a config.json{hint}"
+                f"one of {', '.join(groups)}, or a path to a config.json or to a folder with one{hint}"
             )
     if not chosen:
         raise UsageError(f"models={text!r} selects nothing: name at least one model type")
     return tuple(dict.fromkeys(chosen))
+
+
+def is_path(name: str) -> bool:
+    """Return whether one of the names that `select` returns is a path."""
+    return name not in causal_lm_types()
 
 
 def class_safe(model_type: str) -> str:

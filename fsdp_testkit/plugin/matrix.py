@@ -29,7 +29,7 @@ class ModelMatrix:
         """Return the test classes of the chosen models, or of the default ones.
 
         Args:
-            chosen: model types and absolute paths of config files.
+            chosen: model types, and absolute paths of config files and folders.
             module: name of the module that is to hold them.
 
         Raises:
@@ -40,13 +40,13 @@ class ModelMatrix:
 
 
 def model_class(model: str, module: str) -> type[FSDPTesterMixin]:
-    """Return the test class of a model type or of a config file."""
+    """Return the test class of a model type, of a config file or of a folder with one."""
     body: dict[str, object] = {"__module__": module}
-    if model.endswith(".json"):
+    if catalogue.is_path(model):
         path = Path(model)
         body["config"] = str(path)
         # most of these files are called config.json: their folder tells them apart
-        name = path.parent.name if path.name == "config.json" else path.stem
+        name = path.parent.name if path.name == "config.json" else path.name.removesuffix(".json")
     else:
         name = model
         body["model_type"] = model

@@ -25,14 +25,14 @@ from fsdp_testkit.plugin import source
 from fsdp_testkit.plugin.company import company
 from fsdp_testkit.plugin.deadline import marked_deadline
 from fsdp_testkit.plugin.lifetime import SESSION
-from fsdp_testkit.plugin.options import EngineOptions
+from fsdp_testkit.plugin.options import TRUST, EngineOptions
 from fsdp_testkit.plugin.rows import ROWS
 from fsdp_testkit.plugin.session import KitSession, error_row, own_engine
 from fsdp_testkit.reporting.failure import failure_text
 
 PREFIX = "test_kit_"
 #: Attributes that a subclass may set, for the explanation of a misspelt one.
-_ATTRIBUTES = ("fsdp_backend", "fsdp_deadline", "fsdp_seed", "fsdp_tests", "fsdp_tier")
+_ATTRIBUTES = ("fsdp_backend", "fsdp_deadline", "fsdp_seed", "fsdp_tests", "fsdp_tier", TRUST)
 
 
 def method_name(test: str, variant: str) -> str:
@@ -59,6 +59,10 @@ class FSDPTesterMixin:
         class TestMine(FSDPTesterMixin):
             config = LlamaConfig(hidden_size=60)  # an instance, a config.json, or a function that returns one
 
+        class TestOwnCode(FSDPTesterMixin):
+            config = "path/to/folder"             # with a config.json that names classes in .py files there
+            fsdp_trust_remote_code = True         # and the leave to run them
+
         class LlamaModelTest(CausalLMModelTest, FSDPTesterMixin, unittest.TestCase):
             model_tester_class = LlamaModelTester # transformers' own: model_tester.get_config() is asked
 
@@ -73,6 +77,8 @@ class FSDPTesterMixin:
             deadline share no work.
         fsdp_tier: ``core`` or ``extended``; by default ``--fsdp-tier``.
         fsdp_tests: names of the tests to run, of whatever tier; by default all of the tier.
+        fsdp_trust_remote_code: whether the code of ``config``'s folder may be run; by default
+            ``--fsdp-trust-remote-code``.
     """
 
     # no values here: beside other bases a default would hide what they set
@@ -84,6 +90,7 @@ class FSDPTesterMixin:
     fsdp_deadline: float
     fsdp_tests: tuple[str, ...]
     fsdp_tier: str
+    fsdp_trust_remote_code: bool
 
     _fsdp_kit_role: ClassVar[str] = "mixin"
     _fsdp_kit_methods: ClassVar[dict[str, tuple[str, str]]] = ALL_METHODS
@@ -151,6 +158,8 @@ def _check_attributes(cls: type[FSDPTesterMixin]) -> None:
         _check_tests(owner, cls.fsdp_tests)
     if "fsdp_tier" in own:
         checks.choice(f"{owner}.fsdp_tier", cls.fsdp_tier, TIERS)
+    if TRUST in own and not isinstance(cls.fsdp_trust_remote_code, bool):
+        raise UsageError(f"{owner}.{TRUST}={cls.fsdp_trust_remote_code!r} must be True or False")
     if own.get("model_type") is not None and getattr(cls, "config", None) is None:
         source.check_model_type(f"{owner}.model_type", own["model_type"])
 
@@ -168,7 +177,7 @@ def _check_tests(owner: str, value: Any) -> None:
 
 def _changes(test: FSDPTesterMixin) -> dict[str, Any]:
     """Return in what the class differs from the session's options."""
-    names = {"backend": "fsdp_backend", "seed": "fsdp_seed", "deadline": "fsdp_deadline"}
+    names = {"backend": "fsdp_backend", "seed": "fsdp_seed", "deadline": "fsdp_deadline", "trust_remote_code": TRUST}
     return {field: getattr(test, name) for field, name in names.items() if getattr(test, name, None) is not None}
 
 

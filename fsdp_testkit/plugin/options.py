@@ -20,6 +20,7 @@ from fsdp_testkit.engine.catalogue_of_tests import TIERS
 BACKENDS = ("reference", "transformers")
 START_METHODS = ("forkserver", "spawn")
 DEVICES = ("cpu", "cuda")
+TRUST = "fsdp_trust_remote_code"
 #: What an object has to offer to be taken for a backend's class.
 _BACKEND_MEMBERS = ("load", "make_optimizer", "train_step", "save")
 
@@ -34,6 +35,7 @@ class EngineOptions:
     seed: int = 0
     deadline: float = 60.0
     fault: str = ""
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ class RunOptions:
 RUN_OPTIONS = pytest.StashKey[RunOptions]()
 
 _TEXT_OPTIONS: dict[str, tuple[str, str]] = {
-    "models": ("NAMES", "models of the matrix: headline, all, llama,mixtral or path/to/config.json"),
+    "models": ("NAMES", "models of the matrix: headline, all, llama,mixtral, path/to/config.json or path/to/folder"),
     "family": ("NAMES", "of the selected models those of these families: dense, moe, hybrid, ..."),
     "backend": ("NAME", "implementation under test: reference, transformers or package.module:Class"),
     "report": ("FILE.json", "write all result rows there; an existing file is replaced at the end"),
@@ -101,6 +103,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini(_dest(name), text, type="string", default="")
     text = "with torchrun on several machines: listen beyond loopback; docs/more-than-one-machine.md has the risks"
     group.addoption("--fsdp-beyond-loopback", dest="fsdp_beyond_loopback", action="store_true", help=text)
+    text = "run the code of a folder of --fsdp-models whose config.json names classes of its own (auto_map)"
+    group.addoption("--fsdp-trust-remote-code", dest=TRUST, action="store_true", default=None, help=text)
+    parser.addini(TRUST, text, type="bool", default=False)
     text = "file with known failures (TOML); may be given several times, and adds to the ini key fsdp_ledger"
     group.addoption("--fsdp-ledger", dest="fsdp_ledger", metavar="FILE", action="append", default=None, help=text)
     parser.addini("fsdp_ledger", text, type="paths", default=[])
@@ -161,6 +166,7 @@ def read_options(config: pytest.Config) -> RunOptions:
             seed=seed("--fsdp-seed", text("seed") or "0"),
             deadline=deadline("--fsdp-deadline", text("deadline") or "60"),
             fault=text("fault") or "",
+            trust_remote_code=bool(config.getoption(TRUST) or config.getini(TRUST)),
         ),
         models=_models(text("models"), text("family")),
         beyond_loopback=config.getoption("fsdp_beyond_loopback"),
@@ -184,12 +190,16 @@ def validate(options: RunOptions) -> None:
         UsageError: the value and what it must be.
     """
     from fsdp_testkit.engine.ledger import Ledger
+    from fsdp_testkit.models.own_code import check_code
     from fsdp_testkit.reporting.counts import read_counts
     from fsdp_testkit.reporting.report import check_target
 
     check_backend("--fsdp-backend", options.engine.backend)
     if options.engine.fault:
         load_class("--fsdp-fault", options.engine.fault)
+    for folder in filter(os.path.isdir, options.models or ()):
+        trusted = options.engine.trust_remote_code
+        check_code("--fsdp-models", folder, trusted=trusted, option="--fsdp-trust-remote-code")
     Ledger.load(options.ledgers)
     if options.counts is not None:
         read_counts(options.counts)
@@ -272,7 +282,7 @@ def _slots(value: str) -> str:
 def _models(value: str | None, families: str | None) -> tuple[str, ...] | None:
     if value is None and families is None:
         return None
-    from fsdp_testkit.models.catalogue import select
+    from fsdp_testkit.models.catalogue import is_path, select
     from fsdp_testkit.models.families import of_families
 
     try:
@@ -284,7 +294,7 @@ def _models(value: str | None, families: str | None) -> tuple[str, ...] | None:
             chosen = of_families(chosen, families)
         except UsageError as error:
             raise UsageError(f"--fsdp-family: {error}") from None
-    return tuple(os.fspath(Path(item).resolve()) if item.endswith(".json") else item for item in chosen)
+    return tuple(os.fspath(Path(item).resolve()) if is_path(item) else item for item in chosen)
 
 
 def _dest(name: str) -> str:

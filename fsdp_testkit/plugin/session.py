@@ -105,6 +105,7 @@ def own_engine(options: EngineOptions, slots: Slots | None = None, hosts: Hosts 
             seed=options.seed,
             deadline=options.deadline,
             fault=options.fault,
+            trust_remote_code=options.trust_remote_code,
         ),
         slots,
         hosts,

@@ -14,6 +14,7 @@ from typing import Any
 
 from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.core.errors import UsageError
+from fsdp_testkit.models.own_code import has_own_code, read_config
 
 
 def resolve(test: Any) -> ModelSpec:
@@ -28,6 +29,10 @@ def resolve(test: Any) -> ModelSpec:
     model_class = _class_path(owner, "model_class", getattr(test, "model_class", None))
     name = getattr(test, "model_type", None)
     if (config := _config_attribute(test, owner)) is not None:
+        if isinstance(config, str | Path):
+            if Path(config).is_dir():
+                return _from_folder(owner, Path(config), model_class, name)
+            config = _read_config(owner, config)
         return _from_config(owner, "config", config, model_class, name)
     if name is not None:
         check_model_type(f"{owner}.model_type", name)
@@ -83,8 +88,6 @@ def _config_attribute(test: Any, owner: str) -> Any:
             f"give an instance, config = {value.__name__}(hidden_size=64, ...), "
             "or model_type for the kit's tiny config"
         )
-    if isinstance(value, str | Path):
-        return _read_config(owner, value)
     if callable(value):
         # a plain function in the class body becomes a method: call it as it was written
         takes_self = not inspect.isfunction(raw) or bool(inspect.signature(raw).parameters)
@@ -99,7 +102,7 @@ def _from_config(owner: str, name: str, config: Any, model_class: str, model_typ
     if not hasattr(config, "to_dict") or not hasattr(config, "model_type"):
         raise UsageError(
             f"{owner}.{name}={_short(config)} must be a transformers config such as LlamaConfig(...), "
-            "a function without arguments that returns one, or the path of a config.json"
+            "a function without arguments that returns one, or the path of a config.json or of a folder with one"
         )
     model_type = model_type or config.model_type
     if not model_type:
@@ -111,6 +114,20 @@ def _from_config(owner: str, name: str, config: Any, model_class: str, model_typ
         config=_config_json(owner, name, config),
         config_class=_class_path(owner, name, type(config)),
         model_class=model_class,
+    )
+
+
+def _from_folder(owner: str, folder: Path, model_class: str, model_type: str | None) -> ModelSpec:
+    """Return the spec of a folder's ``config.json``; classes in the folder are named, and nothing of it is run."""
+    values = read_config(f"{owner}.config", folder)
+    if not has_own_code(values):
+        return _from_config(owner, "config", _read_config(owner, folder / "config.json"), model_class, model_type)
+    if model_class:
+        raise UsageError(f"{owner}.model_class={model_class!r}: the class is named by auto_map in {folder}/config.json")
+    return ModelSpec(
+        model_type=model_type or values["model_type"],
+        config=json.dumps(values, sort_keys=True, separators=(",", ":")),
+        code=str(folder.resolve()),
     )
 
 
@@ -175,13 +192,17 @@ def _config_json(owner: str, name: str, config: Any) -> str:
 def _read_config(owner: str, path: str | Path) -> Any:
     file = Path(path)
     if not file.is_file():
-        raise UsageError(f"{owner}.config={str(path)!r} must be an existing config.json")
+        raise UsageError(f"{owner}.config={str(path)!r} must be an existing config.json, or a folder with one")
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(file))
+        # what is not said is asked for on the terminal
+        return AutoConfig.from_pretrained(str(file), trust_remote_code=False)
     except Exception as error:
-        raise UsageError(f"{owner}.config={str(path)!r} cannot be built: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        if has_own_code(read_config(f"{owner}.config", file.parent)):
+            reason = f"its classes are code of its folder, so name that: {str(file.parent)!r}"
+        raise UsageError(f"{owner}.config={str(path)!r} cannot be built: {reason}") from error
 
 
 def _class_path(owner: str, name: str, value: Any) -> str:

@@ -67,6 +67,10 @@ class Harness:
         scale_deadlines: multiply deadlines on a loaded machine, by at most 5; see `load`.
         hosts: agents that start the ranks, on other machines or on this one; ``None`` starts them here.
 
+    Attributes:
+        folder: where job folders are made.
+        env: environment variables of what starts the ranks and of all ranks; to be filled before the first job.
+
     Raises:
         UsageError: a bad argument.
         EnvironmentLacksError: there is no room for the folder.
@@ -95,6 +99,7 @@ class Harness:
         self.slots = slots
         self.scale_deadlines = scale_deadlines
         self.hosts = hosts
+        self.env: dict[str, str] = {}
         self._cost: tuple[float, float | None] | None = None
         try:
             if folder is None:
@@ -247,6 +252,7 @@ class Harness:
 
     def _attempt(self, job: Job, identity: str, attempt: int, link: Link, store: Store | None) -> JobReport:
         folder = self.folder / f"{identity}-{attempt}"
+        job = replace(job, env={**self.env, **job.env})
         run = Run(job, identity, attempt, folder, link, store)
         try:
             report = run.execute(self.grace)
@@ -273,9 +279,9 @@ class Harness:
             preload = self.preload if method == "fork" else ()
             owned = "" if self._keeps_jobs else str(self.folder)
             self._links[method] = (
-                ServerLink(method, preload, self.folder / f"server-{method}.log", owned)
+                ServerLink(method, preload, self.folder / f"server-{method}.log", owned, env={**os.environ, **self.env})
                 if self.hosts is None
-                else HostsLink(self.hosts, method, preload, self.folder)
+                else HostsLink(self.hosts, method, preload, self.folder, self.env)
             )
         return self._links[method]
 

@@ -14,7 +14,7 @@ import selectors
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,15 @@ class HostsLink:
         method: ``fork`` or ``spawn``.
         preload: modules that rank servers import.
         folder: of the harness; files in it travel to and from hosts that do not share it.
+        env: what rank servers have in their environment beside their host's.
     """
 
-    def __init__(self, hosts: Hosts, method: str, preload: Sequence[str], folder: Path) -> None:
+    def __init__(self, hosts: Hosts, method: str, preload: Sequence[str], folder: Path, env: Mapping[str, str]) -> None:
         self.hosts = hosts
         self.method = method
         self.preload = list(preload)
         self.folder = folder
+        self.env = dict(env)
         self.problems: list[str] = []
         self.agents: list[_Agent] = []
         self.seats: dict[int, _Seat] = {}
@@ -138,6 +140,7 @@ class HostsLink:
         request = {
             "method": self.method,
             "preload": self.preload,
+            "env": self.env,
             "folder": str(self.folder),
             "token": token,
             "path": [str(entry) for entry in sys.path],

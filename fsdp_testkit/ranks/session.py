@@ -5,7 +5,7 @@ rank server, and this process passes on what they say. Times are on this host's 
 
 | from pytest | |
 |---|---|
-| ``open`` | method, preload, path, folder and token: start the rank server |
+| ``open`` | method, preload, env, path, folder and token: start the rank server |
 | ``clock`` | what time is it? |
 | ``start`` | a rank, with the job as its ``spec`` |
 | ``signal`` | a number, to a process that the server started |
@@ -225,7 +225,11 @@ class Session:
         sys.path[:] = here + [entry for entry in sys.path if entry not in here]
         owned = root if self.owns_root else self.private
         self.link = ServerLink(
-            request["method"], request["preload"], self.private / "server.log", str(owned), env=host_environment()
+            request["method"],
+            request["preload"],
+            self.private / "server.log",
+            str(owned),
+            env=host_environment() | request["env"],
         )
         self.selector.register(self.link, selectors.EVENT_READ, self.link)
 

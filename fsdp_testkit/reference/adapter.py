@@ -11,6 +11,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import core_model_loading as _core
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.distributed import is_fsdp_enabled
+from transformers.dynamic_module_utils import custom_object_save
 
 __all__ = [
     "TorchDispatchMode",
@@ -54,6 +56,7 @@ __all__ = [
     "tied_patterns",
     "unstacks_rows",
     "waits_for_rank0",
+    "write_code",
     "written_arguments",
 ]
 
@@ -129,6 +132,16 @@ def plain_class(module: nn.Module) -> type:
         # the mro is (FSDP<Name>, FSDPModule, <Name>, ...)
         return next(c for c in cls.__mro__[1:] if not issubclass(c, FSDPModule) and c is not object)
     return cls
+
+
+def write_code(model: Any, config: Any, folder: Path) -> None:
+    """Copy the code of a class that came from a checkpoint's folder into ``folder``, and name it in ``config``.
+
+    ``save_pretrained`` does so by the class of the model, which for a sharded one lies in torch.
+    """
+    cls: Any = plain_class(model)
+    if cls.is_remote_code():
+        custom_object_save(cls.__new__(cls), folder, config)  # it asks for no more than the class
 
 
 def fp32_pattern(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:

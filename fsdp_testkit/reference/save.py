@@ -150,6 +150,7 @@ def _write_configs(model: Any, folder: Path, *, durable: bool) -> None:
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [adapter.plain_class(model).__name__]
     before = set(folder.iterdir())
+    adapter.write_code(model, config, folder)
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

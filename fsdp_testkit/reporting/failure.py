@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fsdp_testkit.core.case import replay_command as command_for
 from fsdp_testkit.core.result import BAD_OUTCOMES, Result
 
 #: Findings shown over all rows of one item; the report has them all.
@@ -50,7 +50,7 @@ def replay_command(row: Result) -> str:
     """Return the shell command that runs the row's case again, or ``""`` where the row holds no case."""
     if case := row.extra.get("case"):
         text = case if isinstance(case, str) else json.dumps(case, sort_keys=True, separators=(",", ":"))
-        return f"python -m fsdp_testkit replay {shlex.quote(text)}"
+        return command_for(text)
     return next((str(finding["replay"]) for finding in row.findings if finding.get("replay")), "")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
@@ -65,12 +66,16 @@ def observe_reload(case: Case, backend: Any, folder: Path, rank: int) -> Evidenc
 
 
 def plain(context: Any, *, case: str, folder: str) -> dict[str, Any]:
-    """Load ``folder`` with plain ``from_pretrained`` in one process."""
+    """Load ``folder`` with plain ``from_pretrained`` in one process.
+
+    Where the model has code of its own, that is found through the folder, as by a user who has nothing else.
+    """
     parsed = Case.from_json(case)
     _, model_class = resolved(parsed.model)
     evidence = Evidence(rank=context.rank)
-    loader: Any = model_class
-    model, info = loader.from_pretrained(folder, dtype=torch_dtype(parsed.dtype), output_loading_info=True)
+    options = {"trust_remote_code": True, "local_files_only": True} if parsed.model.code else {}
+    loader: Any = AutoModelForCausalLM if parsed.model.code else model_class
+    model, info = loader.from_pretrained(folder, dtype=torch_dtype(parsed.dtype), output_loading_info=True, **options)
     observe_plain(model, evidence)
     evidence.facts["loading_info"] = {
         key: sorted(str(item) for item in value) for key, value in info.items() if value is not None and value

@@ -53,3 +53,16 @@ class Project:
         """Return (model, test, variant) -> outcome."""
         results = self.report(name)["results"]
         return {(row["model_type"], row["test"], row["variant"]): row["outcome"] for row in results}
+
+
+def refused(project: Project, *arguments: str) -> str:
+    """Run, expect the refusal, return the message."""
+    result = project.run(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in result.stderr.lines if line.startswith("ERROR: ")]
+    assert line.startswith("ERROR: fsdp_testkit: ")
+    assert not project.calls()
+    # nothing was collected, and no worker was started
+    assert "items" not in result.stdout.str()
+    assert "Traceback" not in result.stderr.str()
+    return line

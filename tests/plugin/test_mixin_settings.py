@@ -351,6 +351,7 @@ def test_names_do_not_clash_with_transformers() -> None:
         ("fsdp_deadline = -1", "TestIt.fsdp_deadline=-1 must be a number of seconds above 0"),
         ("fsdp_backend = 'mine'", "TestIt.fsdp_backend='mine' must be one of reference, transformers*"),
         ("fsdp_backend = None", "TestIt.fsdp_backend=None must be text*"),
+        ("fsdp_trust_remote_code = 1", "TestIt.fsdp_trust_remote_code=1 must be True or False"),
     ],
 )
 def test_wrong_attributes_fail_when_the_class_is_made(project: Project, body: str, message: str) -> None:
@@ -369,7 +370,7 @@ def test_wrong_attributes_fail_when_the_class_is_made(project: Project, body: st
         ("config = FakeConfig", "TestIt.config=FakeConfig is a class*give an instance*"),
         ("config = 5", "TestIt.config=5 must be a transformers config*"),
         ("config = {'model_type': 'llama'}", "TestIt.config={'model_type': 'llama'} must be a transformers config*"),
-        ("config = 'nowhere.json'", "TestIt.config='nowhere.json' must be an existing config.json"),
+        ("config = 'nowhere.json'", "TestIt.config='nowhere.json' must be an existing config.json, or a folder with one"),
         ("config = lambda: 1 / 0", "TestIt.config() cannot be built: ZeroDivisionError: division by zero"),
         ("config = FakeConfig(object())", "TestIt.config cannot be written as JSON*"),
         ("config = FakeConfig()\n    model_class = 'x'", "TestIt.model_class='x' must be a class, or text like*"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from plugin_project import Project
+from plugin_project import Project, refused
 
 LEDGER_ENTRY = """
 [[entry]]
@@ -13,19 +13,6 @@ date = 2025-01-31
 fault_of = "torch"
 link = "https://example.org/1"
 """
-
-
-def refused(project: Project, *arguments: str) -> str:
-    """Run, expect the refusal, return the message."""
-    result = project.run(*arguments)
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    (line,) = [line for line in result.stderr.lines if line.startswith("ERROR: ")]
-    assert line.startswith("ERROR: fsdp_testkit: ")
-    assert not project.calls()
-    # nothing was collected, and no worker was started
-    assert "items" not in result.stdout.str()
-    assert "Traceback" not in result.stderr.str()
-    return line
 
 
 @pytest.mark.parametrize(

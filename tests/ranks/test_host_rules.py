@@ -262,7 +262,7 @@ def test_a_reply_comes_back_on_our_clock() -> None:
 
 def test_the_clock_of_a_host_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever answers last has the least to say: the quickest answer counts."""
-    link = HostsLink(Hosts(["a"], SECRET), "fork", (), Path("/nonexistent"))
+    link = HostsLink(Hosts(["a"], SECRET), "fork", (), Path("/nonexistent"), {})
     agent = _Agent(0, "a", ("a", 1), wire=None)  # type: ignore[arg-type]
     delays, now = iter([5.0, 0.0, 3.0, 2.0, 4.0]), [100.0]
     monkeypatch.setattr("fsdp_testkit.ranks.hosts_link.time", SimpleNamespace(monotonic=lambda: now[0]))
