@@ -9,15 +9,12 @@ largest relative error that passed beside its tolerance, seconds. Exit status 1 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.matrix_runs import run_matrix
 from fsdp_testkit.core.result import BAD_OUTCOMES
 
 HEAD = ("tier", "models", "seed", "rows", "passed", "failed", "rounding", "largest error", "tolerance", "seconds")
@@ -41,14 +38,6 @@ def planned(seeds: int, models: str, extended: str) -> list[Run]:
     """Return the runs: the core tier with each seed, the extended tier with the first one."""
     runs = [Run(tier="core", models=models, seed=seed) for seed in range(seeds) if models]
     return runs + ([Run(tier="extended", models=extended, seed=0)] if extended else [])
-
-
-def command(run: Run, workers: int, report: Path) -> list[str]:
-    """Return the pytest command of a run."""
-    return [
-        *(sys.executable, "-m", "pytest", "-q", "-n", str(workers), "model_matrix", "--fsdp-models", run.models),
-        *("--fsdp-tier", run.tier, "--fsdp-seed", str(run.seed), "--fsdp-report", str(report)),
-    ]
 
 
 def row(run: Run, results: Sequence[dict[str, Any]], seconds: float) -> tuple[str, ...]:
@@ -96,18 +85,20 @@ def main() -> int:
     rows: list[tuple[str, ...]] = [HEAD]
     wrong: list[str] = []
     for run in runs:
-        report = options.folder / run.name
-        report.unlink(missing_ok=True)
-        started = time.monotonic()
-        ended = subprocess.run(command(run, options.workers, report), stdout=subprocess.PIPE, text=True, check=False)
-        if not report.exists():
-            print(ended.stdout)
-            raise SystemExit(f"no report of {run}: pytest ended with {ended.returncode}")
-        results = json.loads(report.read_text(encoding="utf-8"))["results"]
-        rows.append(row(run, results, time.monotonic() - started))
-        wrong += [f"seed {run.seed}: {line}" for line in failures(results)]
-        if ended.returncode and not failures(results):
-            wrong.append(f"seed {run.seed}: pytest ended with {ended.returncode}\n{ended.stdout[-2000:]}")
+        ended = run_matrix(
+            options.folder / run.name,
+            models=run.models,
+            seed=run.seed,
+            workers=options.workers,
+            more=("--fsdp-tier", run.tier),
+        )
+        if not ended.results:
+            print(ended.log.read_text(encoding="utf-8"))
+            raise SystemExit(f"no rows of {run}: pytest ended with {ended.status}")
+        rows.append(row(run, ended.results, ended.seconds))
+        wrong += [f"seed {run.seed}: {line}" for line in failures(ended.results)]
+        if ended.status and not failures(ended.results):
+            wrong.append(f"seed {run.seed}: pytest ended with {ended.status}, see {ended.log}")
         print("  ".join(rows[-1]), flush=True)
     widths = [max(len(line[column]) for line in rows) for column in range(len(HEAD))]
     print()

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.loading_checkpoints import CLASSES, build
 from benchmarks.loading_methods import METHODS
+from benchmarks.turns import Runs, take_turns
 from fsdp_testkit.engine.engine import PRELOAD
 from fsdp_testkit.ranks import Harness, Job
 
@@ -57,31 +58,25 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_case(
     harness: Harness, kind: str, checkpoint: Path, dtype: str, ranks: int, options: argparse.Namespace
-) -> dict[str, list[list[dict[str, Any]]]]:
-    """Return method -> runs -> what each rank measured. One more run of each method comes first and is dropped."""
-    runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in options.methods}
-    for turn in range(options.repeat + 1):
-        for name in options.methods:
-            job = Job(
-                target="benchmarks.loading_methods:measure",
-                world_size=ranks,
-                deadline=600.0,
-                name=f"{kind} {dtype} {ranks} ranks: {name}",
-                args={
-                    "method": name,
-                    "folder": str(checkpoint),
-                    "model_class": CLASSES[kind].__name__,
-                    "dtype": dtype,
-                    "period": options.period,
-                },
-            )
-            report = harness.run(job)
-            if report.failure is not None:
-                raise SystemExit(report.failure.render())
-            if turn or not options.repeat:
-                runs[name].append([reply.value for reply in report.replies])
-            report.discard()
-    return runs
+) -> Runs:
+    """Return what each rank measured in each run of each method."""
+
+    def job(method: str) -> Job:
+        return Job(
+            target="benchmarks.loading_methods:measure",
+            world_size=ranks,
+            deadline=600.0,
+            name=f"{kind} {dtype} {ranks} ranks: {method}",
+            args={
+                "method": method,
+                "folder": str(checkpoint),
+                "model_class": CLASSES[kind].__name__,
+                "dtype": dtype,
+                "period": options.period,
+            },
+        )
+
+    return take_turns(harness, options.methods, options.repeat, job)
 
 
 def summarise(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:

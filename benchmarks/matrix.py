@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.cpu import cpu_seconds
 from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.engine.engine import Cell, Engine, Settings
@@ -36,7 +36,6 @@ CELLS: list[Cell] = [
     ("dcp", "default"),
     ("resume", "default"),
 ]
-_TICK = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +55,6 @@ class Cost:
     cpu: float
     rows: dict[str, int]
     checks: int
-
-
-def cpu_seconds() -> float:
-    """Return CPU seconds of this process, of its children that live, and of all that these have waited for."""
-    total = time.process_time()
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii").split()
-    for pid in children:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        total += sum(int(field) for field in fields[11:15]) / _TICK
-    return total
 
 
 def measure(engine: Engine, model: str, *, together: bool) -> Cost:

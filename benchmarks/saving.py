@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.loading_checkpoints import CLASSES, build
 from benchmarks.saving_methods import METHODS
+from benchmarks.turns import Runs, take_turns
 from fsdp_testkit.engine.engine import PRELOAD
 from fsdp_testkit.ranks import Harness, Job
 
@@ -51,38 +52,29 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(f"{result['model']} on {result['ranks']} ranks: the methods do not save the same")
 
 
-def run_case(
-    harness: Harness, kind: str, checkpoint: Path, ranks: int, options: argparse.Namespace
-) -> dict[str, list[list[dict[str, Any]]]]:
-    """Return method -> runs -> what each rank measured. One more run of each method comes first and is dropped."""
-    runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in options.methods}
-    for turn in range(options.repeat + 1):
-        for name in options.methods:
-            job = Job(
-                target="benchmarks.saving_methods:measure",
-                world_size=ranks,
-                deadline=600.0,
-                name=f"{kind} {ranks} ranks: {name}",
-                args={
-                    "method": name,
-                    "folder": str(checkpoint),
-                    "model_class": CLASSES[kind].__name__,
-                    "target": str(checkpoint.parent / "saved"),
-                    "files": options.files,
-                    "period": options.period,
-                },
-            )
-            report = harness.run(job)
-            if report.failure is not None:
-                raise SystemExit(report.failure.render())
-            if turn:
-                replies = sorted(report.replies, key=lambda reply: reply.rank)
-                runs[name].append([reply.value for reply in replies])
-            report.discard()
-    return runs
+def run_case(harness: Harness, kind: str, checkpoint: Path, ranks: int, options: argparse.Namespace) -> Runs:
+    """Return what each rank measured in each run of each method."""
+
+    def job(method: str) -> Job:
+        return Job(
+            target="benchmarks.saving_methods:measure",
+            world_size=ranks,
+            deadline=600.0,
+            name=f"{kind} {ranks} ranks: {method}",
+            args={
+                "method": method,
+                "folder": str(checkpoint),
+                "model_class": CLASSES[kind].__name__,
+                "target": str(checkpoint.parent / "saved"),
+                "files": options.files,
+                "period": options.period,
+            },
+        )
+
+    return take_turns(harness, options.methods, options.repeat, job)
 
 
-def summarise(runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, dict[str, Any]]:
+def summarise(runs: Runs) -> dict[str, dict[str, Any]]:
     """Return method -> medians over its runs: seconds, peak in bytes and in output files; ratios to `BASE`."""
     found = {}
     for name, turns in runs.items():

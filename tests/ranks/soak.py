@@ -15,6 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
+from benchmarks.cpu import cpu_seconds  # noqa: E402 - found by the line above
 from fsdp_testkit.ranks import Harness, Job  # noqa: E402 - found by the line above
 
 #: By how much threads, open files and memory may grow.
@@ -34,15 +35,8 @@ def usage(pid: int) -> dict[str, int]:
 
 
 def spent(harness: Harness) -> float:
-    """Return the CPU seconds of the parent, the rank server and all ranks that have ended.
-
-    Wall time would measure what else runs on the machine.
-    """
-    total = time.process_time()
-    for link in harness._links.values():
-        fields = Path(f"/proc/{link.process.pid}/stat").read_text().rpartition(")")[2].split()
-        total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    return total
+    """Return the CPU seconds of the parent, the rank server and all ranks that have ended."""
+    return cpu_seconds(link.process.pid for link in harness._links.values())
 
 
 def growth(before: dict[str, int], after: dict[str, int]) -> list[str]:

@@ -9,26 +9,25 @@ is known to fail, and fails each time, is none.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.matrix_runs import run_matrix  # noqa: E402 - found by the line above
+
 #: (model, test, variant, layout, backend) -> outcome.
 Rows = dict[tuple[str, ...], str]
 _KEY = ("model_type", "test", "variant", "layout", "backend")
 
 
-def rows_of(report: Path) -> Rows:
-    """Return the rows of a JSON report; none where it was not written."""
-    if not report.exists():
-        return {}
-    document = json.loads(report.read_text(encoding="utf-8"))
-    return {tuple(str(row.get(name, "")) for name in _KEY): row["outcome"] for row in document["results"]}
+def rows_of(results: Sequence[dict[str, Any]]) -> Rows:
+    """Return the outcomes of a report's rows."""
+    return {tuple(str(row.get(name, "")) for name in _KEY): row["outcome"] for row in results}
 
 
 def differences(first: Rows, other: Rows) -> list[str]:
@@ -39,18 +38,6 @@ def differences(first: Rows, other: Rows) -> list[str]:
         for key in keys
         if first.get(key) != other.get(key)
     ]
-
-
-def run(seed: int, folder: Path, workers: int, models: str, more: Sequence[str]) -> tuple[int, Rows, float]:
-    """Run the matrix once; return the exit status, the rows, and the seconds."""
-    report = folder / f"seed-{seed}.json"
-    report.unlink(missing_ok=True)
-    begun = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers), "model_matrix"]
-    command += ["--fsdp-models", models, "--fsdp-seed", str(seed), "--fsdp-report", str(report), *more]
-    with (folder / f"seed-{seed}.log").open("w", encoding="utf-8") as log:
-        status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    return status, rows_of(report), time.monotonic() - begun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,13 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first: Rows = {}
     problems = []
     for seed in range(options.first_seed, options.first_seed + options.runs):
-        status, rows, seconds = run(seed, folder, options.workers, options.models, options.pytest_arguments)
+        run = run_matrix(
+            folder / f"seed-{seed}.json",
+            models=options.models,
+            seed=seed,
+            workers=options.workers,
+            more=options.pytest_arguments,
+        )
+        rows = rows_of(run.results)
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(Counter(rows.values()).items()))
-        print(f"seed {seed}: {counts or 'no rows'}; exit status {status}; {seconds:.0f} s", flush=True)
+        print(f"seed {seed}: {counts or 'no rows'}; exit status {run.status}; {run.seconds:.0f} s", flush=True)
         first = first or rows
         found = differences(first, rows)
-        if status or not rows:
-            found.append(f"exit status {status}, {len(rows)} rows: see {folder / f'seed-{seed}.log'}")
+        if run.status or not rows:
+            found.append(f"exit status {run.status}, {len(rows)} rows: see {run.log}")
         for line in found:
             print(f"  {line}")
         problems += found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_what_ten_runs_find(
         report(tmp_path, seed, **({"llama": "passed", "gpt2": "xfailed"} if seed == 5 else second))
         return Done(0 if seed == 5 else status)
 
-    monkeypatch.setattr(ten_times.subprocess, "run", fake)
+    monkeypatch.setattr(subprocess, "run", fake)
     assert ten_times.main(["--runs", "2", "--first-seed", "5", "--folder", str(tmp_path)]) == code
     printed = capsys.readouterr().out
     assert "seed 5: 1 passed, 1 xfailed; exit status 0; " in printed

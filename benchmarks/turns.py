@@ -1,0 +1,32 @@
+"""Methods that are measured side by side take turns: what else changes on the machine is the same for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fsdp_testkit.ranks import Harness, Job
+
+#: Method -> runs -> what each rank measured.
+Runs = dict[str, list[list[dict[str, Any]]]]
+
+
+def take_turns(harness: Harness, methods: Sequence[str], repeat: int, job_of: Callable[[str], Job]) -> Runs:
+    """Return what the ranks of each method's jobs returned, in ``repeat`` runs.
+
+    One more run of each method comes first and is dropped; with ``repeat`` 0 it is the only one, and kept.
+
+    Raises:
+        SystemExit: a job failed.
+    """
+    runs: Runs = {name: [] for name in methods}
+    for turn in range(repeat + 1):
+        for name in methods:
+            report = harness.run(job_of(name))
+            if report.failure is not None:
+                raise SystemExit(report.failure.render())
+            if turn or not repeat:
+                replies = sorted(report.replies, key=lambda reply: reply.rank)
+                runs[name].append([reply.value for reply in replies])
+            report.discard()
+    return runs
