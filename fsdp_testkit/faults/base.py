@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -156,6 +157,17 @@ class FaultyBackend:
     def load_training(self, *arguments: Any) -> None:
         """Restore training state through the fault."""
         self.fault.load_training(self.inner, arguments)
+
+
+def faults_in(*modules: ModuleType) -> list[type[Fault]]:
+    """Return the faults that modules define, those of one model and test side by side: they share truth."""
+    found = [
+        member
+        for module in modules
+        for member in vars(module).values()
+        if isinstance(member, type) and issubclass(member, Fault) and member.__module__ == module.__name__
+    ]
+    return sorted(found, key=lambda fault: (fault.model, fault.variant, fault.test, fault.__name__))
 
 
 @contextlib.contextmanager

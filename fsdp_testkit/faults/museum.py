@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,7 +15,7 @@ from fsdp_testkit.engine.engine import Engine, judge_hits
 from fsdp_testkit.engine.procedures import PROCEDURES
 from fsdp_testkit.engine.tests import FSDP2, HSDP, MAX_NORMS, prepare, training
 from fsdp_testkit.engine.work import SpecWork
-from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.base import Fault, faults_in
 from fsdp_testkit.faults.bugs import BUGS
 
 MODULES = (
@@ -75,12 +74,11 @@ def entries() -> tuple[Entry, ...]:
     """
     faults: dict[str, type[Fault]] = {}
     for name in MODULES:
-        module = importlib.import_module(f"fsdp_testkit.faults.{name}")
-        for _, member in inspect.getmembers(module, inspect.isclass):
-            if issubclass(member, Fault) and member.__module__ == module.__name__ and member.bug:
-                if member.bug in faults:
-                    raise ValueError(f"{member.__name__} and {faults[member.bug].__name__} both claim {member.bug}")
-                faults[member.bug] = member
+        for fault in faults_in(importlib.import_module(f"fsdp_testkit.faults.{name}")):
+            if fault.bug in faults:
+                raise ValueError(f"{fault.__name__} and {faults[fault.bug].__name__} both claim {fault.bug}")
+            if fault.bug:
+                faults[fault.bug] = fault
     wrong = [bug for bug in BUGS if (bug in faults) == (bug in NOT_REAL)]
     if wrong:
         raise ValueError(f"bugs need either a fault or a reason: {wrong}")

@@ -5,26 +5,17 @@ By default the cheaper half of the faults runs; ``--fsdp-tier extended`` runs al
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-
 import pytest
 
 from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.engine.catalogue_of_tests import TESTS
-from fsdp_testkit.engine.engine import Engine, Settings
+from fsdp_testkit.engine.engine import Engine
 from fsdp_testkit.engine.extended_tests import EXTENDED
 from fsdp_testkit.faults import extended, museum
-from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.base import Fault, faults_in
 
-FAULTS: list[type[Fault]] = [
-    member
-    for _, member in inspect.getmembers(extended, inspect.isclass)
-    if issubclass(member, Fault) and member.__module__ == extended.__name__ and member.story
-]
-# faults of one model and test share truth and checkpoints
-FAULTS.sort(key=lambda fault: (fault.model, fault.variant, fault.test, fault.__name__))
+FAULTS = [fault for fault in faults_in(extended) if fault.story]
 SAMPLE = [
     extended.EvaluationMoves,
     extended.HalfWritten,
@@ -35,13 +26,6 @@ SAMPLE = [
     extended.ReducedInBf16,
     extended.ShortTensorsLost,
 ]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    engine = Engine(Settings())
-    yield engine
-    engine.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

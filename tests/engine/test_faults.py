@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-
 import pytest
 
 from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.core.result import Result
-from fsdp_testkit.engine.engine import Engine, Settings
+from fsdp_testkit.engine.engine import Engine
 from fsdp_testkit.faults import gradients, saving, structure, weights
-from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.base import Fault, faults_in
 
-FAULTS: list[type[Fault]] = [
-    member
-    for module in (gradients, saving, structure, weights)
-    for _, member in inspect.getmembers(module, inspect.isclass)
-    if issubclass(member, Fault) and member.__module__ == module.__name__
-]
-# faults of one model and test share truth and checkpoints
-FAULTS.sort(key=lambda fault: (fault.model, fault.variant, fault.test, fault.__name__))
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    engine = Engine(Settings())
-    yield engine
-    engine.close()
+FAULTS = faults_in(gradients, saving, structure, weights)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from fsdp_testkit.checks.tolerances import ROUNDING_CAP, tolerance
@@ -11,7 +9,7 @@ from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.core.result import Result
-from fsdp_testkit.engine.engine import Engine, Settings
+from fsdp_testkit.engine.engine import Engine
 from fsdp_testkit.engine.judge import decide_rounding
 from fsdp_testkit.faults.rounding import HalfPrecision, OtherOrderOfSums
 from fsdp_testkit.reporting.matrix import total_lines
@@ -47,13 +45,6 @@ def test_the_cap_lies_between_fp32_and_narrower_formats() -> None:
     half = 2.0**-11  # half a unit in the last place of fp16 and TF32
     bounds = tolerance("float32", "cpu")
     assert max(bounds.gradient, bounds.weight, bounds.optimizer) < CAP < half / 2
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    engine = Engine(Settings())
-    yield engine
-    engine.close()
 
 
 def run(engine: Engine, fault: type) -> Result:

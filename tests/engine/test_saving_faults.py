@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-
 import pytest
 
 from fsdp_testkit.core.case import ModelSpec
-from fsdp_testkit.engine.engine import Engine, Settings
+from fsdp_testkit.engine.engine import Engine
 from fsdp_testkit.engine.saving_tests import SAVING
 from fsdp_testkit.faults import saving_again
-from fsdp_testkit.faults.base import Fault
+from fsdp_testkit.faults.base import Fault, faults_in
 
-FAULTS: list[type[Fault]] = [
-    member
-    for _, member in inspect.getmembers(saving_again, inspect.isclass)
-    if issubclass(member, Fault) and member.__module__ == saving_again.__name__
-]
+FAULTS = faults_in(saving_again)
 SPEC = ModelSpec(model_type="llama")
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    engine = Engine(Settings())
-    yield engine
-    engine.close()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -51,3 +52,17 @@ def batch(rank: int, step: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 * rank + step)
     tokens = torch.randint(0, VOCABULARY, (2, 8), generator=generator)
     return {"input_ids": tokens, "labels": tokens}
+
+
+def mesh_of(shape: tuple[int, ...]) -> Any:
+    """Return a CPU mesh of all ranks: (shard,) or (replicate, shard)."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+def assert_equal_to(model: Any, whole: Any) -> None:
+    """Compare a sharded model's parameters and buffers with those of an unsharded one, to the bit."""
+    expected = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.full_tensor(), expected[name]), name
+    for (name, buffer), (_, other) in zip(model.named_buffers(), whole.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name

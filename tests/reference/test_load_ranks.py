@@ -23,19 +23,6 @@ from fsdp_testkit.reference.files import Checkpoint
 from fsdp_testkit.reference.routes import SCOPES, sources
 from fsdp_testkit.reference.weights import GroupReader
 
-
-def mesh_of(shape: tuple[int, ...]) -> Any:
-    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-
-
-def assert_equal_to(model: Any, whole: Any) -> None:
-    expected = dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.full_tensor(), expected[name]), name
-    for (name, buffer), (_, other) in zip(model.named_buffers(), whole.named_buffers(), strict=True):
-        assert torch.equal(buffer, other), name
-
-
 GRID = [[0, 1], [2, 3]]
 NODES = {0: "a", 1: "a", 2: "a", 3: "b"}
 
@@ -69,7 +56,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Checkpoint]:
 
 
 def every_route(rank: int, base: Path) -> None:
-    meshes = {(4,): mesh_of((4,)), (2, 2): mesh_of((2, 2))}
+    meshes = {(4,): small.mesh_of((4,)), (2, 2): small.mesh_of((2, 2))}
     with pytest.MonkeyPatch.context() as patch:
         opened = counted(patch)
         patch.setattr(socket, "gethostname", lambda: f"node{NODES[rank]}")
@@ -79,7 +66,7 @@ def every_route(rank: int, base: Path) -> None:
             for shape, source, scope in itertools.product(meshes, ("slices", "rank0"), SCOPES):
                 opened.clear()
                 model = load_sharded(base / name, meshes[shape], source=source, source_scope=scope, dtype=torch.float32)
-                assert_equal_to(model, whole)
+                small.assert_equal_to(model, whole)
                 grid = [[0, 1, 2, 3]] if shape == (4,) else GRID
                 table = sources(grid, source, scope, NODES)
                 assert bool(opened) == (table[rank] == rank), (shape, source, scope)
@@ -97,11 +84,11 @@ def test_every_source_and_scope(tmp_path: Path) -> None:
 
 
 def dcp_routes(_: int, base: Path) -> None:
-    mesh = mesh_of((2, 2))
+    mesh = small.mesh_of((2, 2))
     whole = small.build("gpt2", tie=True)
     save_sharded(load_sharded(base / "gpt2", mesh), base / "dcp", layout="dcp")
     for source, scope in itertools.product(("slices", "rank0"), ("replica", "global")):
-        assert_equal_to(load_sharded(base / "dcp", mesh, source=source, source_scope=scope), whole)
+        small.assert_equal_to(load_sharded(base / "dcp", mesh, source=source, source_scope=scope), whole)
 
 
 def test_sources_of_a_dcp_folder(tmp_path: Path) -> None:
@@ -117,7 +104,7 @@ def flattened(rank: int, base: Path) -> None:
     mesh = root["dp", "cp"]._flatten("dp_cp")
     for source in ("slices", "rank0"):
         model = load_sharded(base / "llama", mesh, source=source)
-        assert_equal_to(model, whole)
+        small.assert_equal_to(model, whole)
         for name, parameter in model.named_parameters():
             assert parameter.device_mesh.size() == 4, name
             assert parameter.to_local().shape[0] == len(torch.chunk(torch.empty(parameter.shape[0]), 4)[rank]), name
@@ -173,7 +160,7 @@ ORIGINAL_MAP = Checkpoint._map
 
 
 def struck(rank: int, base: Path) -> None:
-    mesh = mesh_of((3,))
+    mesh = small.mesh_of((3,))
     for (name, (change, patched, text)), source in itertools.product(FAULTS.items(), ("slices", "rank0")):
         for victim in (0, 1):
             if source == "rank0" and (name == "other header" or (victim and name not in ("no memory", "late"))):
@@ -195,7 +182,7 @@ def struck(rank: int, base: Path) -> None:
             if name != "other header":
                 assert f"rank {victim}: " in said[0], (name, said)
             assert {text.split(":")[0] for text in said} == {said[0].split(":")[0]}, (name, said)
-    assert_equal_to(load_sharded(base / "llama", mesh), small.build("llama"))
+    small.assert_equal_to(load_sharded(base / "llama", mesh), small.build("llama"))
 
 
 def test_a_failure_of_one_rank_is_raised_by_all(tmp_path: Path) -> None:
@@ -204,10 +191,10 @@ def test_a_failure_of_one_rank_is_raised_by_all(tmp_path: Path) -> None:
 
 
 def auto(rank: int, base: Path) -> None:
-    mesh = mesh_of((2,))
+    mesh = small.mesh_of((2,))
     # a tied parameter that is in the file twice is sent twice and compared
     twice = load_sharded(base / "twice", mesh, source="rank0", dtype=torch.float64)
-    assert_equal_to(twice, small.build("llama", tie=True).double())
+    small.assert_equal_to(twice, small.build("llama", tie=True).double())
     with pytest.raises(LoadError, match="are tied, but the file holds different values"):
         load_sharded(base / "unequal", mesh, source="rank0")
     folder = base / "llama"
@@ -219,7 +206,7 @@ def auto(rank: int, base: Path) -> None:
         # a folder of rank 0's own: the others are told all they need
         model = load_sharded(folder if rank == 0 else base / "elsewhere", mesh)
         assert len(opened) == (rank == 0)
-    assert_equal_to(model, small.build("llama"))
+    small.assert_equal_to(model, small.build("llama"))
     assert model.config.hidden_size == 32
     assert model.generation_config is not None
 
@@ -238,7 +225,7 @@ def test_auto_reads_where_the_folder_is(tmp_path: Path) -> None:
 
 
 def zero_copy(rank: int, base: Path) -> None:
-    mesh = mesh_of((2,))
+    mesh = small.mesh_of((2,))
     folder = base / "llama"
     copied = load_sharded(folder, mesh, zero_copy=False)
     model = load_sharded(folder, mesh)
@@ -251,10 +238,10 @@ def zero_copy(rank: int, base: Path) -> None:
         assert torch.equal(left.to_local(), right.to_local()), name
     # the file is what it was: steps write to private pages
     fresh = load_sharded(folder, mesh)
-    assert_equal_to(fresh, small.build("llama"))
+    small.assert_equal_to(fresh, small.build("llama"))
     # the folder that the weights are mapped from is replaced: what is mapped stays
     save_sharded(model, folder)
-    assert_equal_to(fresh, small.build("llama"))
+    small.assert_equal_to(fresh, small.build("llama"))
     again = load_sharded(folder, mesh)
     for (name, left), (_, right) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(left.to_local(), right.to_local()), name
@@ -265,7 +252,7 @@ def zero_copy(rank: int, base: Path) -> None:
     dist.barrier()
     for (name, left), (_, right) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(left.to_local(), right.to_local()), name
-    assert_equal_to(load_sharded(folder, mesh), small.build("llama", seed=1))
+    small.assert_equal_to(load_sharded(folder, mesh), small.build("llama", seed=1))
 
 
 def test_zero_copies_are_private_and_outlive_their_file(tmp_path: Path) -> None:

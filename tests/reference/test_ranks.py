@@ -15,7 +15,6 @@ import small
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from fsdp_testkit.backends.base import MicroBatch, OptimizerConfig
@@ -37,37 +36,25 @@ def folder_of(base: Path, name: str, tie: bool) -> Path:
     return base / f"{name}-tie{tie}"
 
 
-def mesh_of(shape: tuple[int, ...]) -> Any:
-    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-
-
-def assert_equal_to(model: Any, whole: Any) -> None:
-    expected = dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.full_tensor(), expected[name]), name
-    for (name, buffer), (_, other) in zip(model.named_buffers(), whole.named_buffers(), strict=True):
-        assert torch.equal(buffer, other), name
-
-
 # --- loading, and saving in both layouts ---
 
 
 def save_and_reload(rank: int, base: Path, shape: tuple[int, ...]) -> None:
-    mesh = mesh_of(shape)
+    mesh = small.mesh_of(shape)
     for name, tie in MODELS:
         source = folder_of(base, name, tie)
         model = load_sharded(source, mesh)
         whole = small.build(name, tie=tie)
-        assert_equal_to(model, whole)
+        small.assert_equal_to(model, whole)
         model(**small.batch(rank)).loss.backward()
         assert all(p.grad is not None for p in model.parameters())
         model.zero_grad()
         for layout in ("safetensors", "dcp"):
             target = base / f"{source.name}-{layout}"
             save_sharded(model, target, layout=layout)
-            assert_equal_to(load_sharded(target, mesh), whole)
+            small.assert_equal_to(load_sharded(target, mesh), whole)
         save_sharded(model, base / f"{source.name}-many", max_shard_size="20KB")
-        assert_equal_to(load_sharded(base / f"{source.name}-many", mesh), whole)
+        small.assert_equal_to(load_sharded(base / f"{source.name}-many", mesh), whole)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 2)])
@@ -100,15 +87,15 @@ def test_save_is_what_save_pretrained_writes(tmp_path: Path, shape: tuple[int, .
 
 def reload_elsewhere(_: int, base: Path, shape: tuple[int, ...]) -> None:
     for name, tie in MODELS:
-        model = load_sharded(folder_of(base, name, tie).with_name(f"{name}-tie{tie}-dcp"), mesh_of(shape))
-        assert_equal_to(model, small.build(name, tie=tie))
-    half = load_sharded(base / "llama-tieFalse-dcp", mesh_of(shape), dtype=torch.bfloat16)
+        model = load_sharded(folder_of(base, name, tie).with_name(f"{name}-tie{tie}-dcp"), small.mesh_of(shape))
+        small.assert_equal_to(model, small.build(name, tie=tie))
+    half = load_sharded(base / "llama-tieFalse-dcp", small.mesh_of(shape), dtype=torch.bfloat16)
     assert torch.equal(half.lm_head.weight.full_tensor(), small.build("llama").lm_head.weight.bfloat16())
 
 
 def only_save_dcp(_: int, base: Path) -> None:
     for name, tie in MODELS:
-        model = load_sharded(folder_of(base, name, tie), mesh_of((2,)))
+        model = load_sharded(folder_of(base, name, tie), small.mesh_of((2,)))
         save_sharded(model, base / f"{name}-tie{tie}-dcp", layout="dcp")
 
 
@@ -156,7 +143,7 @@ def seed(rank: int) -> None:
 
 
 def train_and_save(rank: int, base: Path, shape: tuple[int, ...]) -> None:
-    mesh = mesh_of(shape)
+    mesh = small.mesh_of(shape)
     seed(rank)
     straight = Training(base / "start", mesh)
     for step in range(2):
@@ -202,7 +189,7 @@ def errors_of_training(base: Path, straight: Training, other: Training) -> None:
 
 
 def resume_elsewhere(rank: int, base: Path, shape: tuple[int, ...]) -> None:
-    resumed = Training(base / "half", mesh_of(shape))
+    resumed = Training(base / "half", small.mesh_of(shape))
     with pytest.raises(TrainingStateError, match="saved on 2 ranks"):
         load_training(resumed.model, resumed.optimizer, resumed.scheduler, base / "half", rng="require")
     load_training(resumed.model, resumed.optimizer, resumed.scheduler, base / "half")
@@ -235,7 +222,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 
 
 def plans_and_failures(rank: int, base: Path) -> None:
-    mesh = mesh_of((2,))
+    mesh = small.mesh_of((2,))
     reference = load_sharded(base / "llama", mesh)
     loss = reference(**small.batch(rank)).loss
     plan = {
@@ -250,7 +237,7 @@ def plans_and_failures(rank: int, base: Path) -> None:
     mixed.backward()
     assert abs(mixed.item() - loss.item()) < 0.02
     assert model.model.layers[0].mlp.gate_proj.weight.grad.dtype == torch.float32
-    assert_equal_to(model, small.build("llama"))
+    small.assert_equal_to(model, small.build("llama"))
 
     # unsharding works right away, without a forward
     fresh = load_sharded(base / "llama", mesh)
