@@ -205,17 +205,18 @@ class Session:
         except OSError:
             shared = False
         try:
-            if not shared:
+            if shared:
+                owned = self.private = Path(tempfile.mkdtemp(prefix="fsdp_testkit-host-"))
+            else:
                 root.mkdir(mode=0o700, parents=True)  # one that is there already is not ours
                 self.owns_root = True
-                self.held = hold(root)  # harnesses on this host delete what nobody owns
+                owned = root
+            self.held = hold(owned)  # harnesses on this host delete what nobody owns
+            if not shared:
                 self.mirror = Mirror(root)
                 (root / TOKEN).write_text(request["token"])
-            # inside the folder: the rank server deletes it, should this process be killed
-            prefix, parent = ("fsdp_testkit-host-", None) if shared else (STAYS, root)
-            self.private = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            if shared:
-                self.held = hold(self.private)
+                # inside the folder: the rank server deletes it, should this process be killed
+                self.private = Path(tempfile.mkdtemp(prefix=STAYS, dir=root))
         except OSError as error:
             advice = "pytest's TMPDIR must name a folder that can be made on all hosts"
             self.wire.send({"failed": f"cannot make {root}: {error.strerror}; {advice}"})
@@ -223,7 +224,6 @@ class Session:
         self.wire.send({"rooted": True})
         here = [entry for entry in request["path"] if Path(entry or ".").exists()]
         sys.path[:] = here + [entry for entry in sys.path if entry not in here]
-        owned = root if self.owns_root else self.private
         self.link = ServerLink(
             request["method"],
             request["preload"],
