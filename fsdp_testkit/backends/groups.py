@@ -1,8 +1,34 @@
-"""What torch remembers of process groups that are gone."""
+"""Device meshes, and what torch remembers of process groups that are gone."""
 
 from __future__ import annotations
 
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
 from fsdp_testkit.reference.adapter import forget_meshes
+
+if TYPE_CHECKING:
+    from fsdp_testkit.core.layout import Layout
+
+#: Meshes of the process group that is there now, by device, shape and axes.
+_meshes: dict[Any, DeviceMesh] = {}
+_world: weakref.ref[Any] | None = None
+
+
+def mesh_of(layout: Layout) -> DeviceMesh:
+    """Return the layout's mesh. A program makes one and keeps it: each new one would add process groups."""
+    global _world
+    world = dist.group.WORLD
+    if _world is None or world is None or _world() is not world:
+        _meshes.clear()
+        _world = None if world is None else weakref.ref(world)
+    key = (layout.device, layout.mesh_shape, layout.mesh_axes)
+    if key not in _meshes:
+        _meshes[key] = init_device_mesh(layout.device, layout.mesh_shape, mesh_dim_names=layout.mesh_axes)
+    return _meshes[key]
 
 
 def forget_groups() -> None:

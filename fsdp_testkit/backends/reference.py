@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from fsdp_testkit.backends.base import CAPABILITIES, NO_FEATURES, Features
+from fsdp_testkit.backends.groups import mesh_of
 from fsdp_testkit.backends.loop import TrainingLoop, recompute
 from fsdp_testkit.reference import load_sharded, load_training, save_sharded, save_training
 
@@ -38,8 +38,7 @@ class ReferenceBackend(TrainingLoop):
         if features.mixed_precision or features.cpu_offload:
             options = {"mixed_precision": features.mixed_precision or None, "cpu_offload": features.cpu_offload}
             plan = {**({"mode": "auto"} if plan == "auto" else plan), "options": options}
-        mesh = init_device_mesh(layout.device, layout.mesh_shape, mesh_dim_names=layout.mesh_axes)
-        model: nn.Module = load_sharded(checkpoint, mesh, plan, dtype, model_class=model_class)
+        model: nn.Module = load_sharded(checkpoint, mesh_of(layout), plan, dtype, model_class=model_class)
         if features.activation_checkpointing:
             recompute(model)
         return model

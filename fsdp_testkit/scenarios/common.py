@@ -101,6 +101,19 @@ def tree_of(spec: ModelSpec) -> dict[str, Any]:
     return module_tree(meta_model(spec))
 
 
+#: What this process has loaded.
+_loads: set[tuple[ModelSpec, str, str]] = set()
+
+
+def _load_key(case: Case) -> tuple[ModelSpec, str, str]:
+    return replace(case.model, tie=None, dropout=0.0), case.backend, case.layout.kind
+
+
+def has_loaded(case: Case) -> bool:
+    """Return whether this process has loaded the case's model before, by the same backend on a layout of its kind."""
+    return _load_key(case) in _loads
+
+
 class Loaded:
     """A model that a backend has loaded, with what the kit knows about it."""
 
@@ -121,6 +134,7 @@ class Loaded:
                 dtype=torch_dtype(case.dtype),
                 **features_of(case),
             )
+        _loads.add(_load_key(case))
         # the same kernels as truth takes: some have no fp64 version
         prepare_dtype(inner_model(self.model), torch_dtype(case.dtype))
         self.model.train()

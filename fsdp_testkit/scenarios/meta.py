@@ -17,7 +17,7 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import Loaded, reply, resolved, torch_dtype
+from fsdp_testkit.scenarios.common import Loaded, has_loaded, reply, resolve_plan, resolved, torch_dtype, tree_of
 from fsdp_testkit.scenarios.environment import watching_environment
 from fsdp_testkit.scenarios.memory import MemorySampler, stray_bytes
 from fsdp_testkit.scenarios.poison import poisoned_memory
@@ -26,7 +26,7 @@ from fsdp_testkit.scenarios.traffic import COLLECTIVES
 
 
 def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
-    """Load once without observation (imports, caches), then once with it.
+    """Load once without observation (imports, caches) where these ranks have not done so yet, then once with it.
 
     Facts: ``load`` with ``allocated`` (bytes of all new storages), ``largest`` and ``gathered`` (bytes, the latter
     of what collectives return), ``init_calls`` and ``init_elements`` (random or constant initialisation of real
@@ -39,8 +39,9 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
     evidence = Evidence(rank=context.rank)
     with armed(parsed, context) as backend:
         _, model_class = resolved(parsed.model)
-        loaded = Loaded(parsed, backend, Path(checkpoint))
-        del loaded.model
+        plan = resolve_plan(parsed, tree_of(parsed.model) if parsed.plan == "manual" else {})
+        if not has_loaded(parsed):
+            Loaded(parsed, backend, Path(checkpoint))
         stray = stray_bytes(nn.Module())
         poison = poisoned_memory(parsed.option("poison", "nan"))
         with (
@@ -52,18 +53,18 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
             poison,
         ):
             began = time.perf_counter()
-            loaded.model = backend.load(
+            model: nn.Module = backend.load(
                 Path(checkpoint),
                 model_class=model_class,
                 layout=parsed.layout,
-                plan=loaded.plan,
+                plan=plan,
                 dtype=torch_dtype(parsed.dtype),
             )
             seconds = time.perf_counter() - began
-        stray = stray_bytes(loaded.model) - stray
+        stray = stray_bytes(model) - stray
         switches = getattr(backend, "switches", {})
-    parameters = dict(loaded.model.named_parameters())
-    evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
+    parameters = dict(model.named_parameters())
+    evidence.facts["parameters"] = observe.observe_parameters(model)
     evidence.facts["load"] = {
         "allocated": counter.total,
         "largest": counter.largest,
@@ -73,7 +74,7 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
         "init_names": inits["names"][:20],
         "shard_bytes": sum(observe.local(p).numel() * p.element_size() for p in parameters.values()),
         "model_bytes": sum(p.numel() * p.element_size() for p in parameters.values()),
-        "buffer_bytes": sum(b.numel() * b.element_size() for b in loaded.model.buffers()),
+        "buffer_bytes": sum(b.numel() * b.element_size() for b in model.buffers()),
         "largest_bytes": max(p.numel() * p.element_size() for p in parameters.values()),
         "read": reads.mapped,
         "read_calls": reads.calls - memory.own_reads,
@@ -84,7 +85,7 @@ def run(context: Any, *, case: str, checkpoint: str) -> dict[str, Any]:
         "seconds": seconds,
     }
     observe.observe_tensors(parameters.items(), evidence, "initial/")
-    observe.observe_buffers(loaded.model, evidence)
+    observe.observe_buffers(model, evidence)
     return reply(context, evidence)
 
 

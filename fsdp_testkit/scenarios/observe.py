@@ -21,13 +21,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this rank holds of a tensor: the local shard of a DTensor, the tensor itself otherwise."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Return what this rank holds of a tensor: the local shard of a DTensor, the tensor itself otherwise.
+
+    A shard is part of no graph: with gradients on, DTensor would make a node of autograd for it.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def tensor_data(tensor: torch.Tensor) -> TensorData:
     """Copy this rank's part of ``tensor`` into raw bytes."""
-    plain = local(tensor.detach()).cpu().contiguous()
+    plain = local(tensor).detach().cpu().contiguous()
     data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
     return TensorData(dtype_name(plain.dtype), tuple(plain.shape), data)
 
