@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import statistics
 import sys
 import time
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,7 +89,10 @@ def soak(jobs: int) -> list[str]:
         # Allocators and caches fill up first; that ends, a leak does not.
         run(harness, warm := max(20, jobs // 10))
         before = look()
-        seconds = run(harness, jobs - warm)
+        seconds, sizes = array("d"), array("q")  # of fixed size: what is measured is this process
+        for part in parts(jobs - warm):
+            seconds.extend(run(harness, part))
+            sizes.append(usage(os.getpid())["memory (KiB)"])
         after = look()
         slower, error = against_fresh(harness, warm)
         left = [path.name for path in harness.folder.iterdir() if path.is_dir()]
@@ -95,6 +100,7 @@ def soak(jobs: int) -> list[str]:
     for who in before:
         print(who, {name: f"{before[who][name]} -> {after[who][name]}" for name in before[who]})
     first, last = statistics.fmean(seconds[:warm]), statistics.fmean(seconds[-warm:])
+    print("KiB of the parent, by tenths:", *sizes)
     print("CPU seconds a job, by tenths:", " ".join(f"{part:.4f}" for part in slices(seconds)))
     print(
         f"first {warm}: {first:.4f}, last {warm}: {last:.4f}, {last / first - 1:+.2%} (the machine's changes included)"
@@ -106,6 +112,12 @@ def soak(jobs: int) -> list[str]:
     if left:
         problems.append(f"{len(left)} folders are left")
     return problems
+
+
+def parts(count: int) -> list[int]:
+    """Return the sizes of at most ten nearly equal parts."""
+    edges = [count * index // 10 for index in range(11)]
+    return [end - begin for begin, end in itertools.pairwise(edges) if end > begin]
 
 
 def slices(values: Sequence[float]) -> list[float]:
