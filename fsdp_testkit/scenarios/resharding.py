@@ -15,8 +15,8 @@ from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import Loaded, inner_model, make_scheduler, optimizer_config, reply
-from fsdp_testkit.scenarios.resume import scramble
+from fsdp_testkit.scenarios.common import Loaded, inner_model, reply
+from fsdp_testkit.scenarios.resume import restored
 from fsdp_testkit.scenarios.saving import trained
 from fsdp_testkit.scenarios.train import begin, train
 
@@ -43,11 +43,7 @@ def restore(context: Any, *, case: str, folder: str, layouts: list[str]) -> dict
         this = replace(parsed, layout=layout)
         evidence = Evidence(rank=context.rank)
         with armed(this, context) as backend:
-            scramble(context.rank)
-            loaded = Loaded(this, backend, Path(folder) / "weights")
-            optimizer = backend.make_optimizer(loaded.model, optimizer_config(this))
-            scheduler = make_scheduler(optimizer)
-            backend.load_training(loaded.model, optimizer, scheduler, Path(folder) / "training")
+            loaded, optimizer, scheduler = restored(this, context.rank, backend, Path(folder))
             evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
             observe.observe_tensors(inner_model(loaded.model).named_parameters(), evidence, "weight/")
             observe.observe_buffers(loaded.model, evidence)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fsdp_testkit.backends.base import Backend
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.arming import armed
-from fsdp_testkit.scenarios.common import OPTIMIZER, Loaded, make_scheduler, reply
+from fsdp_testkit.scenarios.common import Loaded, make_scheduler, optimizer_config, reply
 from fsdp_testkit.scenarios.train import train
 
 
@@ -44,12 +45,8 @@ def resumed(context: Any, *, case: str, folder: str) -> dict[str, Any]:
     parsed = Case.from_json(case)
     evidence = Evidence(rank=context.rank)
     with armed(parsed, context) as backend:
-        scramble(context.rank)
-        loaded = Loaded(parsed, backend, Path(folder) / "weights")
+        loaded, optimizer, scheduler = restored(parsed, context.rank, backend, Path(folder))
         evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-        optimizer = backend.make_optimizer(loaded.model, OPTIMIZER)
-        scheduler = make_scheduler(optimizer)
-        backend.load_training(loaded.model, optimizer, scheduler, Path(folder) / "training")
         observe.observe_optimizer(loaded.model, optimizer, evidence, prefix="restored/")
         evidence.facts["restored"] = evidence.facts.pop("optimizer")
         train(
@@ -61,6 +58,18 @@ def resumed(context: Any, *, case: str, folder: str) -> dict[str, Any]:
             scheduler=scheduler,
         )
     return reply(context, evidence)
+
+
+def restored(
+    case: Case, rank: int, backend: Backend, folder: Path
+) -> tuple[Loaded, torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Load weights and training state from ``folder`` into fresh objects, under scrambled generators."""
+    scramble(rank)
+    loaded = Loaded(case, backend, folder / "weights")
+    optimizer = backend.make_optimizer(loaded.model, optimizer_config(case))
+    scheduler = make_scheduler(optimizer)
+    backend.load_training(loaded.model, optimizer, scheduler, folder / "training")
+    return loaded, optimizer, scheduler
 
 
 def scramble(rank: int) -> None:
