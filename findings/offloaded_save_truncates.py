@@ -29,16 +29,21 @@ def main() -> int:
         HrmTextForCausalLM(config).save_pretrained(f"{folder}/plain")
         expected = stored(f"{folder}/plain")
         for place, size in (("memory", "8KB"), ("disk", "50GB"), ("disk", "8KB")):
+            where = "on disk" if place == "disk" else "in memory"
             devices = {"device_map": {"": "disk"}, "offload_folder": f"{folder}/offload"} if place == "disk" else {}
             model = HrmTextForCausalLM.from_pretrained(f"{folder}/plain", **devices)
-            model.save_pretrained(f"{folder}/{place}-{size}", max_shard_size=size)
+            try:
+                model.save_pretrained(f"{folder}/{place}-{size}", max_shard_size=size)
+            except RuntimeError as error:
+                print(f"weights {where}, files of {size}: refused, {str(error)[:80]}")
+                continue
             actual = stored(f"{folder}/{place}-{size}")
             bad = {
                 key: (expected[key].shape, actual[key].shape)
                 for key in expected
                 if len(expected[key]) != len(actual[key])
             }
-            print(f"weights in {place}, files of {size}: {len(bad)} of {len(expected)} tensors truncated, no error")
+            print(f"weights {where}, files of {size}: {len(bad)} of {len(expected)} tensors truncated, no error")
             for key, (whole, rest) in list(bad.items())[:2]:
                 print(f"  {key}: expected {list(whole)}, stored {list(rest)}")
             wrong += len(bad)
