@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib import metadata
 
@@ -16,6 +17,7 @@ SUPPORTED: dict[str, tuple[tuple[int, int], ...]] = {
 }
 
 
+@functools.cache  # the ledger asks for each entry and row, and each answer is a search of the disk
 def installed_version(distribution: str) -> str:
     """Return the version of ``distribution``, or ``""`` where it is not installed."""
     try:

@@ -23,6 +23,8 @@ def pytest_report_header(config: pytest.Config) -> str:
         f"seed {engine.seed}",
         f"matrix of {models}",
     ]
+    if engine.trust_remote_code:
+        parts.append("code of model folders is trusted")
     if engine.fault:
         parts.append(f"ARMED FAULT {engine.fault}")
     return ", ".join(parts)
