@@ -178,31 +178,33 @@ def _auto_units(verdict: Verdict, evidence: Evidence, tree: dict[str, Any], unit
             expected=f"one unit with its {len(inside)} parameters",
             actual=_where_are(inside, units),
         )
-    embedding = _owned(tree, tree["embedding"])
-    tail = [_owned(tree, name) for name in [*tree["norms"], tree["head"]] if name]
-    last = set().union(*tail) if tail else set()
-    if embedding and not embedding & last:
+    tail = {name for module in [*tree["norms"], *tree["heads"]] for name in _owned(tree, module)}
+    last = set(tail)
+    for embedding in tree["embeddings"]:
+        owned = _owned(tree, embedding)
+        if not owned or owned & tail:
+            last |= owned
+            continue
         verdict.expect(
-            embedding in units,
+            owned in units,
             check=CHECK,
             rank=rank,
-            parameter=tree["embedding"],
-            message=f"the input embedding {tree['embedding']} is not an FSDP unit of its own",
-            expected=f"one unit with {sorted(embedding)}",
-            actual=_where_are(embedding, units),
+            parameter=embedding,
+            message=f"the input embedding {embedding} is not an FSDP unit of its own",
+            expected=f"one unit with {sorted(owned)}",
+            actual=_where_are(owned, units),
         )
     if last:
-        whole = last | (embedding if embedding & last else set())
-        kept = _other_dtype(evidence, whole)
+        kept = _other_dtype(evidence, last)
         verdict.expect(
-            any(whole - kept <= unit for unit in units)
-            and not any(whole & unit and _blocks(tree, unit) for unit in units),
+            any(last - kept <= unit for unit in units)
+            and not any(last & unit and _blocks(tree, unit) for unit in units),
             check=CHECK,
             rank=rank,
-            parameter=tree["head"] or tree["norms"][-1],
-            message=f"final norm and head ({', '.join(sorted(whole))}) are not one FSDP unit",
+            parameter=[*tree["norms"], *tree["heads"]][-1],
+            message=f"final norm and head ({', '.join(sorted(last))}) are not one FSDP unit",
             expected="one unit",
-            actual=_where_are(whole, units),
+            actual=_where_are(last, units),
         )
 
 
@@ -247,10 +249,10 @@ def _reshard(verdict: Verdict, evidence: Evidence, tree: dict[str, Any], plan: A
     else:
         for block in tree["blocks"]:
             wanted |= {name: True for name in tree["parameters"] if name.startswith(f"{block}.")}
-        tail = [tree["head"], *tree["norms"]]
-        wanted |= {name: False for module in tail if module for name in _owned(tree, module)}
-        if tree["embedding"]:
-            for name in _owned(tree, tree["embedding"]):
+        tail = [*tree["heads"], *tree["norms"]]
+        wanted |= {name: False for module in tail for name in _owned(tree, module)}
+        for embedding in tree["embeddings"]:
+            for name in _owned(tree, embedding):
                 wanted.setdefault(name, True)
     for name, reshard in wanted.items():
         if not reshard and name in tree.get("idle", ()):

@@ -242,7 +242,7 @@ def trained(work: SpecWork, case: Case, target: str = "extended:run") -> Outcome
             return None
         return judge_training(again.get(), work.ddp(exact), work.truth(exact), exact, routed=False)
 
-    settle(outcome, case, exact_verdict)
+    settle(outcome, work, case, exact_verdict)
     look_closer(outcome, work, case, run.get(), truth)
     return outcome
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fsdp_testkit.checks.tolerances import ROUNDING_CAP
+from fsdp_testkit.checks.sensitivity import Spread
+from fsdp_testkit.checks.tolerances import AMPLIFICATION, ROUNDING_CAP
 from fsdp_testkit.checks.training import (
     check_batches,
     check_initial,
@@ -76,6 +77,25 @@ def check_clipping(truth: Evidence, case: Case) -> Verdict:
 def needs_fp64(verdict: Verdict, case: Case) -> bool:
     """Whether findings could be rounding."""
     return case.dtype == "float32" and any(base(finding) in NUMERIC for finding in verdict.findings)
+
+
+def amplified(verdict: Verdict, found: Spread) -> list[Finding]:
+    """Take findings of rounding out of ``verdict`` that the model amplifies by itself; return them.
+
+    Args:
+        found: how far truth's own numbers move when its weights do by a unit in the last place.
+    """
+    kept: list[Finding] = []
+    harmless: list[Finding] = []
+    for finding in verdict.findings:
+        if finding.nature != "rounding" or finding.max_rel_error is None:
+            kept.append(finding)
+            continue
+        known = found.get((base(finding), finding.parameter), 0.0)
+        own = finding.max_rel_error <= AMPLIFICATION * known
+        (harmless if own else kept).append(replace(finding, detail={**finding.detail, "spread": known}))
+    verdict.findings = kept
+    return harmless
 
 
 def decide_rounding(verdict: Verdict, exact: Verdict, case: Case) -> list[Finding]:

@@ -21,14 +21,16 @@ from fsdp_testkit.checks.saving import (
     check_trained,
     trained_weights,
 )
+from fsdp_testkit.checks.sensitivity import spread
 from fsdp_testkit.checks.structure import check_structure
+from fsdp_testkit.checks.tolerances import NUDGES
 from fsdp_testkit.checks.training import check_initial, check_training
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence, TensorData
 from fsdp_testkit.core.finding import Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.explain import look_closer
-from fsdp_testkit.engine.judge import decide_rounding, judge_training, needs_fp64
+from fsdp_testkit.engine.judge import amplified, decide_rounding, judge_training, needs_fp64
 from fsdp_testkit.engine.outcome import Outcome, judged
 from fsdp_testkit.engine.work import Run, SpecWork
 from fsdp_testkit.models.expectations import UNREPEATABLE_DROPOUT
@@ -236,7 +238,7 @@ def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
         run = work.train(replace(exact, scenario="train"))
         return None if run.failure else check_training(run.get(), work.truth(exact), exact, "truth")
 
-    settle(outcome, case, exact_verdict)
+    settle(outcome, work, case, exact_verdict)
     look_closer(outcome, work, case, whole.get(), truth)
     return [outcome]
 
@@ -320,19 +322,27 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
         again = work.train(exact)
         return None if again.failure else judge_training(again.get(), work.ddp(exact), work.truth(exact), exact)
 
-    settle(outcome, case, exact_verdict)
+    settle(outcome, work, case, exact_verdict)
     look_closer(outcome, work, case, run.get(), truth)
     return [outcome]
 
 
-def settle(outcome: Outcome, case: Case, exact_verdict: Callable[[Case], Verdict | None]) -> None:
-    """Where a number is in doubt, judge the case once more in fp64 and say whether it was rounding or logic."""
+def settle(outcome: Outcome, work: SpecWork, case: Case, exact_verdict: Callable[[Case], Verdict | None]) -> None:
+    """Where a number is in doubt, judge the case once more in fp64 and say whether it was rounding or logic.
+
+    Rounding that is larger than the arithmetic explains is held against what rounding does to truth itself.
+    """
     if not needs_fp64(outcome.verdict, case):
         return
     verdict = exact_verdict(replace(case, dtype="float64"))
     if verdict is None:
         return
-    if harmless := decide_rounding(outcome.verdict, verdict, case):
+    harmless = decide_rounding(outcome.verdict, verdict, case)
+    if any(finding.nature == "rounding" for finding in outcome.verdict.findings):
+        nudged = [case.with_options(nudge=number + 1) for number in range(NUDGES)]
+        work.prepare(nudged)
+        harmless += amplified(outcome.verdict, spread(work.truth(case), [work.truth(other) for other in nudged]))
+    if harmless:
         outcome.extra["rounding"] = [finding.to_dict() for finding in harmless[:5]]
 
 

@@ -15,7 +15,7 @@ from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.jobs import SCENARIOS, Jobs, Order, Run
 
 #: Options that change what is right, beside how it is arrived at.
-TRUTH_OPTIONS = ("split", "few", "mixed_precision", "evaluate")
+TRUTH_OPTIONS = ("split", "few", "mixed_precision", "evaluate", "nudge")
 
 
 class OracleFailedError(InternalError):

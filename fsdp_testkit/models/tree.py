@@ -28,25 +28,30 @@ def module_tree(model: nn.Module) -> dict[str, Any]:
     Returns:
         ``parameters``: FQN -> ``shape``, ``dtype``, ``requires_grad``, ``aliases`` (further FQNs of the same
         object); ``modules``: FQN -> class name, in registration order; ``blocks``: FQNs of the outermost
-        repeated blocks; ``embedding``, ``head``: FQN or ``""``; ``norms``: FQNs of the final norm modules. An
-        embedding or head whose weight is read by the forward of a module around it is ``""`` too: it cannot be
-        an FSDP unit, since only its own forward would gather it.
+        repeated blocks; ``embeddings``, ``heads``: FQNs of the input embedding and the head, one for each codebook
+        where the model has several; ``norms``: FQNs of the final norm modules. An embedding or head whose weight is
+        read by the forward of a module around it is left out: it cannot be an FSDP unit, since only its own forward
+        would gather it.
     """
     modules = {name: type(module).__name__ for name, module in model.named_modules()}
     blocks = find_blocks(model)
     names = {id(module): name for name, module in model.named_modules()}
     parameters = describe_parameters(model)
-    embedding, head = (
-        "" if read_from_outside(model, parameters, name) else name
-        for name in (_embedding(model, f"get_{side}_embeddings", names) for side in ("input", "output"))
+    embeddings, heads = (
+        [
+            name
+            for name in _tables(model, _embedding(model, f"get_{side}_embeddings", names))
+            if not read_from_outside(model, parameters, name)
+        ]
+        for side in ("input", "output")
     )
     return {
         "parameters": parameters,
         "modules": modules,
         "blocks": blocks,
-        "embedding": embedding,
-        "head": head,
-        "norms": _final_norms(model, blocks, {embedding, head}),
+        "embeddings": embeddings,
+        "heads": heads,
+        "norms": _final_norms(model, blocks, {*embeddings, *heads}),
     }
 
 
@@ -129,8 +134,8 @@ def manual_plan(tree: dict[str, Any]) -> dict[str, Any]:
     patterns alone can express it.
     """
     modules: dict[str, dict[str, Any]] = {}
-    if tree["embedding"]:
-        modules[tree["embedding"]] = {"reshard_after_forward": True}
+    for embedding in tree["embeddings"]:
+        modules[embedding] = {"reshard_after_forward": True}
     for pattern in dict.fromkeys(_pattern(block) for block in tree["blocks"]):
         child = _largest_child(tree, [block for block in tree["blocks"] if _pattern(block) == pattern])
         if child:
@@ -138,8 +143,8 @@ def manual_plan(tree: dict[str, Any]) -> dict[str, Any]:
         modules[pattern] = {"reshard_after_forward": True}
     for norm in tree["norms"]:
         modules[norm] = {"reshard_after_forward": True}
-    if tree["head"]:
-        modules[tree["head"]] = {"reshard_after_forward": False}
+    for head in tree["heads"]:
+        modules[head] = {"reshard_after_forward": False}
     return {"mode": "manual", "modules": modules}
 
 
@@ -196,6 +201,13 @@ def _embedding(model: nn.Module, getter: str, names: dict[int, str]) -> str:
     except (AttributeError, NotImplementedError):
         return ""
     return names.get(id(module), "") if module is not None else ""
+
+
+def _tables(model: nn.Module, name: str) -> list[str]:
+    """Return the embedding, or the items of the list that it is."""
+    if not name or not isinstance(model.get_submodule(name), nn.ModuleList):
+        return [name] if name else []
+    return [f"{name}.{item}" for item, _ in model.get_submodule(name).named_children()]
 
 
 def _final_norms(model: nn.Module, blocks: list[str], taken: set[str]) -> list[str]:

@@ -130,6 +130,7 @@ def _build(origin: Origin, mesh: Any, plan: Plan, dtype: Any, model_class: Any, 
     weights, loaded, problems = origin.fit(model)
     if problems:
         raise LoadError(f"{origin.folder} does not fit {model_class.__name__}:", problems)
+    _drop_memory(model, loaded)
     cut = units.resolve(plan, model)
     spare = _record_inits(model, recorder, loaded)
     adapter.forget_meshes()
@@ -229,6 +230,23 @@ def _keep_fp32(model: Any, dtype: torch.dtype) -> None:
                     held[name] = changed[id(tensor)]
                 elif name not in module._non_persistent_buffers_set:
                     held[name] = tensor.float()
+
+
+def _drop_memory(model: Any, loaded: set[str]) -> None:
+    """Put the parameters that the checkpoint gives on meta, ties kept.
+
+    Some constructors call ``torch.FloatTensor(...)``, which takes memory whatever the device of the context is.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    fresh = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        for name, parameter in named
+        if name in loaded and not parameter.is_meta
+    }
+    for name, parameter in named:
+        if id(parameter) in fresh:
+            module, _, own = name.rpartition(".")
+            model.get_submodule(module)._parameters[own] = fresh[id(parameter)]
 
 
 def _record_inits(model: Any, recorder: Recorder, loaded: set[str]) -> dict[str, torch.Tensor]:

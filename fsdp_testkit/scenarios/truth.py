@@ -53,12 +53,23 @@ def run(context: Any, *, cases: list[str], checkpoint: str) -> dict[str, Any]:
         model = build_model(case.model, seed=case.seed, dtype=torch_dtype(case.dtype))
         if checkpoint and not Path(checkpoint).exists():
             write_checkpoint(model, Path(checkpoint))
+        if number := case.option("nudge"):
+            nudge(model, number)
         evidence = play(case, model)
         if default is None:
             default = is_tied(tree_of(replace(case.model, tie=None)))
         evidence.facts["default_tie"] = default
         replies |= reply(context, evidence, f"truth{index}")
     return replies
+
+
+def nudge(model: nn.Module, number: int) -> None:
+    """Move each weight by a unit in the last place, up, down or not at all, as generator ``number`` says."""
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            ways = torch.randint(-1, 2, parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.mul_(1.0 + ways * torch.finfo(parameter.dtype).eps)
 
 
 def is_tied(tree: dict[str, Any]) -> bool:
@@ -137,10 +148,33 @@ def play(case: Case, model: nn.Module, before_step: BeforeStep | None = None) ->
                 for rank in range(case.layout.world_size)
             ]
     reached = {name for names in facts["gradients"].values() for name in names}
-    tree["idle"] = [name for name, item in model.named_parameters() if item.requires_grad and name not in reached]
+    tree["idle"] = idle_parameters(facts["parameters"], reached)
     observe.observe_tensors(model.named_parameters(), evidence, "final/")
     observe.observe_optimizer(model, optimizer, evidence)
     return evidence
+
+
+def idle_parameters(parameters: dict[str, dict[str, Any]], reached: set[str]) -> list[str]:
+    """Return the parameters of modules that no batch has entered.
+
+    A trainable one is idle where it never got a gradient. A frozen one never gets any: it is idle where all the
+    trainable ones are of the innermost module around it that holds any.
+
+    Args:
+        parameters: as in `observe_parameters`.
+        reached: names of those that got a gradient.
+    """
+    trainable = [name for name, facts in parameters.items() if facts["requires_grad"]]
+    idle = [name for name in trainable if name not in reached]
+    for name in parameters.keys() - set(trainable):
+        module = name
+        beside: list[str] = []
+        while module and not beside:
+            module = module.rpartition(".")[0]
+            beside = [other for other in trainable if other.startswith(f"{module}." if module else "")]
+        if beside and not set(beside) & reached:
+            idle.append(name)
+    return [name for name in parameters if name in set(idle)]
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

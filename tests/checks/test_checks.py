@@ -121,8 +121,8 @@ TREE: dict[str, Any] = {
         "head": "Linear",
     },
     "blocks": ["layers.0", "layers.1"],
-    "embedding": "embed",
-    "head": "head",
+    "embeddings": ["embed"],
+    "heads": ["head"],
     "norms": ["norm"],
 }
 UNITS = [

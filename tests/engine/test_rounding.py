@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fsdp_testkit.checks.tolerances import ROUNDING_CAP, tolerance
@@ -10,7 +12,7 @@ from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.engine.engine import Engine
-from fsdp_testkit.engine.judge import decide_rounding
+from fsdp_testkit.engine.judge import amplified, decide_rounding
 from fsdp_testkit.faults.rounding import HalfPrecision, OtherOrderOfSums
 from fsdp_testkit.reporting.matrix import total_lines
 
@@ -39,6 +41,24 @@ def test_decision(error: float, exact: list[Finding], nature: str, fails: bool) 
     assert [item.nature for item in (kept if fails else harmless)] == [nature]
     assert not (harmless if fails else kept)
     assert [item.nature for item in verdict.findings if item.check == "structure"] == [""]
+
+
+@pytest.mark.parametrize(
+    ("error", "spread", "nature", "fails"),
+    [
+        (34.0, 5.0, "rounding", False),
+        (34.0, 1.0, "rounding", True),
+        (34.0, 0.0, "rounding", True),
+        (34.0, 5.0, "logic", True),
+    ],
+)
+def test_what_the_model_amplifies_by_itself(error: float, spread: float, nature: str, fails: bool) -> None:
+    marked = [replace(finding(error, check), nature=nature) for check in ("gradients", "oracle_gradients")]
+    verdict = Verdict(findings=[*marked, finding(error, check="structure")])
+    harmless = amplified(verdict, {("gradients", "head"): spread})
+    assert len(harmless) == (0 if fails else 2)
+    assert [item.check for item in verdict.findings][-1] == "structure"
+    assert len(verdict.findings) == (3 if fails else 1)
 
 
 def test_the_cap_lies_between_fp32_and_narrower_formats() -> None:

@@ -11,9 +11,9 @@ import small
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, XLNetConfig, XLNetLMHeadModel
 
-from fsdp_testkit.reference import LoadError, load_sharded
+from fsdp_testkit.reference import LoadError, load, load_sharded
 from fsdp_testkit.reference.files import Checkpoint
 
 
@@ -88,6 +88,30 @@ def test_no_init_function_runs_on_memory(tmp_path: Path, claim: Any, monkeypatch
     touched.clear()
     load_sharded(folder, claim(0, 2))
     assert touched == []
+
+
+def test_memory_that_a_constructor_takes_is_given_back(
+    tmp_path: Path, claim: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = XLNetConfig(d_model=32, n_layer=1, n_head=4, d_inner=48, vocab_size=small.VOCABULARY)
+    whole = XLNetLMHeadModel(config).eval()
+    with torch.device("meta"):
+        assert not all(p.is_meta for p in XLNetLMHeadModel(config).parameters()), "it calls torch.FloatTensor"
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.normal_(std=0.02)
+    whole.save_pretrained(tmp_path)
+    cut: list[bool] = []
+
+    def applied(units: Any, model: Any, mesh: Any) -> None:
+        cut.extend(parameter.is_meta for parameter in model.parameters())
+        apply(units, model, mesh)
+
+    apply = load.units.apply
+    monkeypatch.setattr(load.units, "apply", applied)
+    assert_is_slice_of(load_sharded(tmp_path, claim(1, 2)), whole, 2, 1)
+    assert cut
+    assert all(cut)
 
 
 def test_fused_checkpoint_and_sharded_checkpoint(tmp_path: Path, claim: Any) -> None:

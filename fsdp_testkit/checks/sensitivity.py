@@ -1,0 +1,68 @@
+"""How far the numbers of a case move when its weights move by a unit in the last place.
+
+Where a model's own function is not smooth (a square root near zero, a route that flips) rounding is amplified without
+bound, on one process as on many. The spread of truth's own runs from weights that differ by rounding is what such a
+model's numbers are worth; Higham, Accuracy and Stability of Numerical Algorithms (2002), section 1.6, calls the ratio
+of the two the condition number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fsdp_testkit.checks.training import GRADIENT_FLOOR, largest
+from fsdp_testkit.core.evidence import Array, Evidence
+
+#: (check, parameter) -> largest relative distance from truth; the parameter is "" for losses and norms.
+Spread = dict[tuple[str, str], float]
+
+#: What stands under a prefix of truth's tensors -> checks that compare it.
+_CHECKS = {
+    "gradient": ("gradients",),
+    "final": ("weights", "gathered_weights"),
+    "optimizer": ("optimizer",),
+}
+
+
+def spread(truth: Evidence, others: Sequence[Evidence]) -> Spread:
+    """Return by how much ``others``, truth's runs from nearly the same weights, differ from ``truth``.
+
+    Distances are relative to the same scales as in `fsdp_testkit.checks.training.check_training`.
+    """
+    found: Spread = {}
+
+    def note(check: str, parameter: str, distance: float) -> None:
+        found[check, parameter] = max(found.get((check, parameter), 0.0), distance)
+
+    steps = truth.facts["losses"]
+    floors = {step: GRADIENT_FLOOR * largest(truth, f"gradient/{step}/") for step in steps}
+    highest = max(floors.values(), default=0.0)
+    for other in others:
+        for step in steps:
+            note("losses", "", _distance(np.array(truth.facts["losses"][step]), np.array(other.facts["losses"][step])))
+            note(
+                "gradient_norm",
+                "",
+                _distance(np.array(truth.facts["norms"][step]), np.array(other.facts["norms"][step])),
+            )
+        for key, tensor in truth.tensors.items():
+            prefix, _, rest = key.partition("/")
+            if prefix not in _CHECKS or key not in other.tensors:
+                continue
+            name, floor = rest, 0.0
+            if prefix == "gradient":
+                step, _, name = rest.partition("/")
+                floor = floors[step]
+            elif prefix == "optimizer":
+                name, _, kind = rest.rpartition("/")
+                floor = {"exp_avg": highest, "exp_avg_sq": highest**2}.get(kind, 0.0)
+            for check in _CHECKS[prefix]:
+                note(check, name, _distance(tensor.array(), other.tensors[key].array(), floor))
+    return found
+
+
+def _distance(wanted: Array, other: Array, floor: float = 0.0) -> float:
+    scale = max(float(np.max(np.abs(wanted), initial=0.0)), floor)
+    return float(np.max(np.abs(other - wanted), initial=0.0)) / scale if scale else 0.0
