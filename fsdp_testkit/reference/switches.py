@@ -44,7 +44,7 @@ def efficient_loading(*, check: bool = True) -> Iterator[None]:
     """Tell ``from_pretrained`` that each node's first rank loads the weights and the others wait for them.
 
     What that saves is transformers' choice: 5.23 skips the initialisation of missing keys on the other ranks, and
-    reads all weights on all of them.
+    copies all weights on all of them where it casts or converts (``docs/findings.md``, cause 17).
 
     Args:
         check: ask the reader of the switches whether they are effective.
