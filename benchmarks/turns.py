@@ -1,7 +1,12 @@
-"""Methods that are measured side by side take turns: what else changes on the machine is the same for all."""
+"""Methods that are measured side by side take turns: what else changes on the machine is the same for all.
+
+Each turn has another order. What ran before a method decides how much memory the system has at hand for it, and that
+was seen to change the time of one and the same load by more than half.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +25,9 @@ def take_turns(harness: Harness, methods: Sequence[str], repeat: int, job_of: Ca
         SystemExit: a job failed.
     """
     runs: Runs = {name: [] for name in methods}
+    order = random.Random(0)
     for turn in range(repeat + 1):
-        for name in methods:
+        for name in order.sample(list(methods), len(methods)):
             report = harness.run(job_of(name))
             if report.failure is not None:
                 raise SystemExit(report.failure.render())
