@@ -59,7 +59,7 @@ def test_what_a_soak_finds(
         (tmp_path / name).mkdir()
     monkeypatch.setattr(soak, "Harness", Fake)
     monkeypatch.setattr(soak, "run", lambda _, count: [0.05] * count)
-    monkeypatch.setattr(soak, "usage", lambda _: {"threads": 1})
+    monkeypatch.setattr(soak, "usage", lambda _: {"threads": 3, "memory (KiB)": 1000})
     monkeypatch.setattr(soak, "against_fresh", lambda *_: (slower, error))
     assert soak.soak(jobs) == found
 
