@@ -60,22 +60,18 @@ def run_case(
     harness: Harness, kind: str, checkpoint: Path, dtype: str, ranks: int, options: argparse.Namespace
 ) -> Runs:
     """Return what each rank measured in each run of each method."""
-
-    def job(method: str) -> Job:
-        return Job(
-            target="benchmarks.loading_methods:measure",
-            world_size=ranks,
-            deadline=600.0,
-            name=f"{kind} {dtype} {ranks} ranks: {method}",
-            args={
-                "method": method,
-                "folder": str(checkpoint),
-                "model_class": CLASSES[kind].__name__,
-                "dtype": dtype,
-                "period": options.period,
-            },
-        )
-
+    job = Job(
+        target="benchmarks.loading_methods:measure",
+        world_size=ranks,
+        deadline=600.0,
+        name=f"{kind} {dtype} {ranks} ranks",
+        args={
+            "folder": str(checkpoint),
+            "model_class": CLASSES[kind].__name__,
+            "dtype": dtype,
+            "period": options.period,
+        },
+    )
     return take_turns(harness, options.methods, options.repeat, job)
 
 

@@ -54,23 +54,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_case(harness: Harness, kind: str, checkpoint: Path, ranks: int, options: argparse.Namespace) -> Runs:
     """Return what each rank measured in each run of each method."""
-
-    def job(method: str) -> Job:
-        return Job(
-            target="benchmarks.saving_methods:measure",
-            world_size=ranks,
-            deadline=600.0,
-            name=f"{kind} {ranks} ranks: {method}",
-            args={
-                "method": method,
-                "folder": str(checkpoint),
-                "model_class": CLASSES[kind].__name__,
-                "target": str(checkpoint.parent / "saved"),
-                "files": options.files,
-                "period": options.period,
-            },
-        )
-
+    job = Job(
+        target="benchmarks.saving_methods:measure",
+        world_size=ranks,
+        deadline=600.0,
+        name=f"{kind} {ranks} ranks",
+        args={
+            "folder": str(checkpoint),
+            "model_class": CLASSES[kind].__name__,
+            "target": str(checkpoint.parent / "saved"),
+            "files": options.files,
+            "period": options.period,
+        },
+    )
     return take_turns(harness, options.methods, options.repeat, job)
 
 

@@ -7,7 +7,8 @@ was seen to change the time of one and the same load by more than half.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fsdp_testkit.ranks import Harness, Job
@@ -16,8 +17,10 @@ from fsdp_testkit.ranks import Harness, Job
 Runs = dict[str, list[list[dict[str, Any]]]]
 
 
-def take_turns(harness: Harness, methods: Sequence[str], repeat: int, job_of: Callable[[str], Job]) -> Runs:
+def take_turns(harness: Harness, methods: Sequence[str], repeat: int, job: Job) -> Runs:
     """Return what the ranks of each method's jobs returned, in ``repeat`` runs.
+
+    Each job is ``job`` with the method's name as a further argument, ``method``.
 
     One more run of each method comes first and is dropped; with ``repeat`` 0 it is the only one, and kept.
 
@@ -28,7 +31,7 @@ def take_turns(harness: Harness, methods: Sequence[str], repeat: int, job_of: Ca
     order = random.Random(0)
     for turn in range(repeat + 1):
         for name in order.sample(list(methods), len(methods)):
-            report = harness.run(job_of(name))
+            report = harness.run(replace(job, name=f"{job.name}: {name}", args={**job.args, "method": name}))
             if report.failure is not None:
                 raise SystemExit(report.failure.render())
             if turn or not repeat:

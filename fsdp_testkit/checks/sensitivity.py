@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fsdp_testkit.checks.training import GRADIENT_FLOOR, largest
+from fsdp_testkit.checks.training import scale_floors
 from fsdp_testkit.core.evidence import Array, Evidence
 
 #: (check, parameter) -> largest relative distance from truth; the parameter is "" for losses and norms.
@@ -37,8 +37,7 @@ def spread(truth: Evidence, others: Sequence[Evidence]) -> Spread:
         found[check, parameter] = max(found.get((check, parameter), 0.0), distance)
 
     steps = truth.facts["losses"]
-    floors = {step: GRADIENT_FLOOR * largest(truth, f"gradient/{step}/") for step in steps}
-    highest = max(floors.values(), default=0.0)
+    floors, moments = scale_floors(truth, len(steps))
     for other in others:
         for step in steps:
             note("losses", "", _distance(np.array(truth.facts["losses"][step]), np.array(other.facts["losses"][step])))
@@ -54,10 +53,10 @@ def spread(truth: Evidence, others: Sequence[Evidence]) -> Spread:
             name, floor = rest, 0.0
             if prefix == "gradient":
                 step, _, name = rest.partition("/")
-                floor = floors[step]
+                floor = floors[int(step)]
             elif prefix == "optimizer":
                 name, _, kind = rest.rpartition("/")
-                floor = {"exp_avg": highest, "exp_avg_sq": highest**2}.get(kind, 0.0)
+                floor = moments.get(kind, 0.0)
             for check in _CHECKS[prefix]:
                 note(check, name, _distance(tensor.array(), other.tensors[key].array(), floor))
     return found

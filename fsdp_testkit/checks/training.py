@@ -89,8 +89,7 @@ def check_training(evidences: list[Evidence], oracle: Evidence, case: Case, judg
     """
     verdict = Verdict.empty()
     limits = tolerance(case.dtype, case.layout.device)
-    floors = [GRADIENT_FLOOR * largest(oracle, f"gradient/{step}/") for step in range(case.steps)]
-    moments = {"exp_avg": max(floors, default=0.0), "exp_avg_sq": max(floors, default=0.0) ** 2}
+    floors, moments = scale_floors(oracle, case.steps)
     for evidence in evidences:
         look = _Look(verdict, evidence, case, judged_by)
         look.losses(oracle, limits)
@@ -107,6 +106,13 @@ def check_training(evidences: list[Evidence], oracle: Evidence, case: Case, judg
             look.local(f"optimizer/{name}", fqn, tensor.array(), limits.optimizer, "optimizer", floor=floor)
         check_binding(verdict, evidence, oracle, judged_by)
     return verdict
+
+
+def scale_floors(oracle: Evidence, steps: int) -> tuple[list[float], dict[str, float]]:
+    """Return the least scale of a gradient at each step, and that of each moment of the optimizer by its name."""
+    floors = [GRADIENT_FLOOR * largest(oracle, f"gradient/{step}/") for step in range(steps)]
+    highest = max(floors, default=0.0)
+    return floors, {"exp_avg": highest, "exp_avg_sq": highest**2}
 
 
 def largest(evidence: Evidence, prefix: str) -> float:

@@ -49,11 +49,12 @@ def resolve(spec: ModelSpec) -> tuple[Any, Any]:
     if spec.code:
         model_class = remote_code.model_class(spec.code)
         config = _custom_config(spec, model_class.config_class)
-    elif spec.config:
-        config = _custom_config(spec, _imported(spec.config_class))
     else:
-        config = tiny_config(spec.model_type, tie=spec.tie, dropout=spec.dropout)
-    if not spec.code:
+        config = (
+            _custom_config(spec, _imported(spec.config_class))
+            if spec.config
+            else tiny_config(spec.model_type, tie=spec.tie, dropout=spec.dropout)
+        )
         model_class = _imported(spec.model_class) if spec.model_class else adapter.causal_lm_class(config)
     if model_class is None:
         raise UsageError(f"model_type={spec.model_type!r} has no causal-LM class: give model_class='module:QualName'")

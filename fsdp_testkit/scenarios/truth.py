@@ -165,7 +165,7 @@ def idle_parameters(parameters: dict[str, dict[str, Any]], reached: set[str]) ->
         reached: names of those that got a gradient.
     """
     trainable = [name for name, facts in parameters.items() if facts["requires_grad"]]
-    idle = [name for name in trainable if name not in reached]
+    idle = set(trainable) - reached
     for name in parameters.keys() - set(trainable):
         module = name
         beside: list[str] = []
@@ -173,8 +173,8 @@ def idle_parameters(parameters: dict[str, dict[str, Any]], reached: set[str]) ->
             module = module.rpartition(".")[0]
             beside = [other for other in trainable if other.startswith(f"{module}." if module else "")]
         if beside and not set(beside) & reached:
-            idle.append(name)
-    return [name for name in parameters if name in set(idle)]
+            idle.add(name)
+    return [name for name in parameters if name in idle]
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
