@@ -39,6 +39,7 @@ def describe(context):
         "env": {name: os.environ.get(name) for name in names},
         "cwd": str(Path.cwd()),
         "threads": torch.get_num_threads(),
+        "policies": sorted({os.sched_getscheduler(int(task.name)) for task in Path("/proc/self/task").iterdir()}),
         "main": getattr(sys.modules["__main__"], "__file__", None),
         "left": context.seconds_left,
         "world_size": context.world_size,

@@ -73,6 +73,7 @@ def test_ranks_see_the_parents_environment_and_path_of_now(
     }
     assert seen["cwd"] == str(tmp_path)
     assert seen["threads"] == 1
+    assert seen["policies"] == [os.SCHED_BATCH]  # the threads of gloo's process group among them
     assert 0 < seen["left"] < 30
     assert "pytest" not in seen["modules"], "the parent's __main__ must not be imported again"
     assert "FROM_JOB" not in os.environ
