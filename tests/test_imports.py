@@ -28,6 +28,7 @@ def modules_after(code: str) -> set[str]:
         "from fsdp_testkit import FSDPTesterMixin, ModelMatrix",
         "import fsdp_testkit.cli",
         "import fsdp_testkit.engine.ledger, fsdp_testkit.engine.catalogue_of_tests",
+        "import fsdp_testkit.engine.engine",
         "import fsdp_testkit.plugin.options as o; o.check_backend('x', 'transformers')",
     ],
 )
@@ -38,6 +39,11 @@ def test_light_imports(code: str) -> None:
 def test_collecting_the_matrix_imports_no_torch() -> None:
     code = "import pytest; assert pytest.main(['--collect-only', '-q', 'model_matrix', '-p', 'no:cacheprovider']) == 0"
     assert not modules_after(code) & set(HEAVY)
+
+
+def test_pytests_own_process_needs_no_transformers() -> None:
+    code = "from fsdp_testkit.backends.registry import make_backend; make_backend('reference')"
+    assert "transformers" not in modules_after(code)
 
 
 def test_reporting_needs_no_pytest() -> None:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fsdp_testkit.reference.adapter import forget_meshes
-
 if TYPE_CHECKING:
     from fsdp_testkit.core.layout import Layout
 
@@ -33,4 +31,6 @@ def mesh_of(layout: Layout) -> DeviceMesh:
 
 def forget_groups() -> None:
     """Drop what torch has cached about meshes of an earlier process group; call it with the new group set up."""
+    from fsdp_testkit.reference.adapter import forget_meshes
+
     forget_meshes()

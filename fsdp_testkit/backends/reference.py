@@ -1,4 +1,7 @@
-"""The kit's own loader and saver as a backend: what every rule is tried on first."""
+"""The kit's own loader and saver as a backend: what every rule is tried on first.
+
+Pytest's own process asks a backend for its capabilities; it has no use for transformers, which loading imports.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from torch import nn
 from fsdp_testkit.backends.base import CAPABILITIES, NO_FEATURES, Features
 from fsdp_testkit.backends.groups import mesh_of
 from fsdp_testkit.backends.loop import TrainingLoop, recompute
-from fsdp_testkit.reference import load_sharded, load_training, save_sharded, save_training
 
 if TYPE_CHECKING:
     from fsdp_testkit.core.layout import Layout
@@ -34,6 +36,8 @@ class ReferenceBackend(TrainingLoop):
         features: Features = NO_FEATURES,
     ) -> nn.Module:
         """Load and shard a checkpoint folder (safetensors or DCP) on the layout's mesh."""
+        from fsdp_testkit.reference import load_sharded
+
         self.reduce_each, self.refuse_nonfinite = features.reduce_each, features.refuse_nonfinite
         if features.mixed_precision or features.cpu_offload:
             options = {"mixed_precision": features.mixed_precision or None, "cpu_offload": features.cpu_offload}
@@ -45,12 +49,18 @@ class ReferenceBackend(TrainingLoop):
 
     def save(self, model: nn.Module, folder: Path, *, layout: str) -> None:
         """Save weights as ``"safetensors"`` or ``"dcp"``."""
+        from fsdp_testkit.reference import save_sharded
+
         save_sharded(model, folder, layout=layout, durable=False)  # no check cuts the power
 
     def save_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
         """Save optimizer, scheduler and RNG state of every rank beside the weights."""
+        from fsdp_testkit.reference import save_training
+
         save_training(model, optimizer, scheduler, folder, durable=False)
 
     def load_training(self, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, folder: Path) -> None:
         """Restore what `save_training` wrote, in place."""
+        from fsdp_testkit.reference import load_training
+
         load_training(model, optimizer, scheduler, folder)

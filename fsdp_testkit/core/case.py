@@ -80,7 +80,7 @@ class Case:
         seed: of weights, batches and dropout.
         steps: optimizer steps.
         micro_batches: forward/backward passes in each step.
-        freeze: whether the kit's frozen subset (see ``models.tree.frozen_subset``) is frozen.
+        freeze: whether the kit's frozen subset (see ``models.plans.frozen_subset``) is frozen.
         fault: ``module:Class`` of an armed fault, or ``""``.
         options: further scenario options, sorted pairs of name and JSON text; ``poison`` is one of `POISONS`.
     """

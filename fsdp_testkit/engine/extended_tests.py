@@ -20,7 +20,7 @@ from fsdp_testkit.engine.judge import judge_training
 from fsdp_testkit.engine.outcome import Outcome, judged
 from fsdp_testkit.engine.tests import FSDP2, MAX_NORMS, auto_case, capabilities, ignored_tie, settle
 from fsdp_testkit.engine.work import Run, SpecWork
-from fsdp_testkit.models.tree import manual_plan
+from fsdp_testkit.models.plans import manual_plan
 
 if TYPE_CHECKING:
     from fsdp_testkit.engine.engine import Engine

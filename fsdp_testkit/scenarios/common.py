@@ -19,7 +19,8 @@ from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.models.batches import make_batch
 from fsdp_testkit.models.build import meta_model, prepare_dtype, resolve
-from fsdp_testkit.models.tree import frozen_subset, manual_plan, module_tree
+from fsdp_testkit.models.plans import frozen_subset, manual_plan
+from fsdp_testkit.models.tree import module_tree
 from fsdp_testkit.scenarios.poison import poisoned_memory
 
 OPTIMIZER = OptimizerConfig()

@@ -113,8 +113,9 @@ def train(
 
     def record(*_: Any) -> None:
         step = current["step"]
-        observe.observe_tensors(observe.named_gradients(model), evidence, f"gradient/{step}/")
-        facts["gradients"][str(step)] = [name for name, _ in observe.named_gradients(model)]
+        gradients = list(observe.named_gradients(model))
+        observe.observe_tensors(gradients, evidence, f"gradient/{step}/")
+        facts["gradients"][str(step)] = [name for name, _ in gradients]
 
     handle = optimizer.register_step_pre_hook(record)
     for step in steps:

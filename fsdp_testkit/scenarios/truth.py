@@ -23,7 +23,8 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.models import adapter
 from fsdp_testkit.models.build import build_model
-from fsdp_testkit.models.tree import frozen_subset, module_tree
+from fsdp_testkit.models.plans import frozen_subset
+from fsdp_testkit.models.tree import module_tree
 from fsdp_testkit.scenarios import observe
 from fsdp_testkit.scenarios.common import (
     freeze,

@@ -17,7 +17,8 @@ from fsdp_testkit.backends.registry import make_backend
 from fsdp_testkit.backends.transformers import TransformersBackend, any_option, translate_plan
 from fsdp_testkit.core.errors import EnvironmentLacksError
 from fsdp_testkit.core.layout import Layout
-from fsdp_testkit.models.tree import manual_plan, module_tree
+from fsdp_testkit.models.plans import manual_plan
+from fsdp_testkit.models.tree import module_tree
 
 MOVED = "transformers moved it: follow it in fsdp_testkit/backends/transformers.py and name the version there"
 

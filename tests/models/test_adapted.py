@@ -10,7 +10,8 @@ from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.models.adapted import ROWS, adapted
 from fsdp_testkit.models.batches import make_batch
 from fsdp_testkit.models.build import build_model, resolve
-from fsdp_testkit.models.tree import ADAPTER, frozen_subset, module_tree
+from fsdp_testkit.models.plans import ADAPTER, frozen_subset
+from fsdp_testkit.models.tree import module_tree
 from fsdp_testkit.scenarios.truth import make_optimizer
 
 
