@@ -223,7 +223,7 @@ class Harness:
             if link.wait_ready():
                 self._store = None  # it may have been held by an agent's session that is gone
         except BaseException:
-            self._drop_links()
+            self._drop_links(at_once=True)  # what is not ready has nothing to take leave of
             raise
         return link
 

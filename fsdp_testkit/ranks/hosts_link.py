@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import sys
 import time
 from collections import deque
@@ -32,6 +33,8 @@ from fsdp_testkit.ranks.wire import Wire, WireError
 
 #: Seconds for files and answers after a job.
 COLLECT_LIMIT = 60.0
+#: The same for a host that has not told the end of a rank which was killed: it will hardly answer this.
+SILENT_LIMIT = 0.5
 #: Questions that the difference between two clocks is measured with.
 CLOCK_QUESTIONS = 5
 #: Numbers of processes of different agents must differ.
@@ -50,6 +53,8 @@ class _Agent:
     """Their clock minus ours, in seconds."""
     mirror: Mirror | None = None
     lost: str = ""
+    killed: set[int] = field(default_factory=set)
+    """Processes of the job whose end was asked for and not yet told."""
     answers: deque[dict[str, Any]] = field(default_factory=deque)
 
     def __str__(self) -> str:
@@ -203,6 +208,8 @@ class HostsLink:
         """Deal the ranks, and bring the files that have changed to the hosts."""
         self.places = deal(self.hosts.room(), ranks, together)
         self._clear_seats()
+        for agent in self.agents:
+            agent.killed.clear()
         for agent in {self.agents[index].host: self.agents[index] for index, _ in self.places}.values():
             for carrier in self.agents:
                 if carrier.host == agent.host and carrier.mirror is not None:
@@ -249,7 +256,10 @@ class HostsLink:
     def signal(self, pid: int, number: int) -> None:
         """Send a signal to a rank."""
         index, there = divmod(pid, _PIDS)
-        self._send(self.agents[index - 1], {"signal": number, "pid": there})
+        agent = self.agents[index - 1]
+        if number == signal.SIGKILL:
+            agent.killed.add(there)
+        self._send(agent, {"signal": number, "pid": there})
 
     def silent(self, rank: int) -> str:
         """Tell whether the host of a rank that was asked for its stack has answered at all."""
@@ -278,7 +288,8 @@ class HostsLink:
                 continue
             try:
                 self._send(agent, {"collect": True, "limit": TRAVEL_LIMIT})
-                problem = self._wait(agent, "collected", COLLECT_LIMIT)["collected"]
+                limit = SILENT_LIMIT if agent.killed else COLLECT_LIMIT
+                problem = self._wait(agent, "collected", limit)["collected"]
             except WireError as error:
                 problem = str(error)
             if problem:
@@ -380,6 +391,7 @@ class HostsLink:
                 seat = self._seat(agent, message["rank"])
                 self.pipes.finish(seat.channel)
                 self.pipes.finish(seat.output)
+            agent.killed.discard(message["ended"])
             self._announce({"ended": base + message["ended"], "code": message["code"]})
         elif "started" in message:
             self._announce({"started": message["started"], "pid": base + message["pid"]})
