@@ -9,7 +9,8 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 CONSTRAINTS ?= requirements/cpu.txt
 EXTRAS ?= accelerate,dev
-WORKERS ?= 4
+# one for each core: more of them start as many rank servers and win nothing
+WORKERS ?= $(shell nproc)
 TEST_WORKERS ?= 2
 BACKEND ?= reference
 REPORT ?= reports/matrix.json
