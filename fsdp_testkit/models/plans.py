@@ -22,7 +22,7 @@ def manual_plan(tree: dict[str, Any]) -> dict[str, Any]:
     """
     modules: dict[str, dict[str, Any]] = {}
     for embedding in tree["embeddings"]:
-        modules[embedding] = {"reshard_after_forward": True}
+        modules[_pattern(embedding)] = {"reshard_after_forward": True}
     for pattern in dict.fromkeys(_pattern(block) for block in tree["blocks"]):
         child = _largest_child(tree, [block for block in tree["blocks"] if _pattern(block) == pattern])
         if child:
@@ -31,7 +31,7 @@ def manual_plan(tree: dict[str, Any]) -> dict[str, Any]:
     for norm in tree["norms"]:
         modules[norm] = {"reshard_after_forward": True}
     for head in tree["heads"]:
-        modules[head] = {"reshard_after_forward": False}
+        modules[_pattern(head)] = {"reshard_after_forward": False}
     return {"mode": "manual", "modules": modules}
 
 
