@@ -1,4 +1,4 @@
-"""XLNet's constructor takes memory on the meta device too; ranks keep it beside their shards until their first forward."""
+"""XLNet's constructor ignores the meta device: ranks keep that memory beside their shards until the first forward."""
 
 import gc
 import sys
