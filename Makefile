@@ -14,6 +14,8 @@ WORKERS ?= $(shell nproc)
 TEST_WORKERS ?= 2
 BACKEND ?= reference
 REPORT ?= reports/matrix.json
+# how many checks each test made when this was recorded (make counts): fewer fail the run; empty for other versions
+COUNTS ?= model_matrix/counts.json
 PYTEST_ARGS ?=
 SOAK_JOBS ?= 10000
 RUNS ?= 10
@@ -46,11 +48,11 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 
 matrix: install
 	mkdir -p $(dir $(REPORT))
-	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models headline --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models headline --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(if $(COUNTS),--fsdp-counts $(COUNTS)) $(PYTEST_ARGS)
 
 matrix-all: install
 	mkdir -p $(dir $(REPORT))
-	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models all --fsdp-tier $(TIER) --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models all --fsdp-tier $(TIER) --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(if $(COUNTS),--fsdp-counts $(COUNTS)) $(PYTEST_ARGS)
 
 test: install
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) tests $(PYTEST_ARGS)
@@ -78,7 +80,7 @@ two-hosts: install
 	$(BIN)/python -m pytest tests/ranks/two_hosts.py $(PYTEST_ARGS)
 
 counts: install
-	$(BIN)/python -m fsdp_testkit counts $(REPORT) -o model_matrix/counts.json
+	$(BIN)/python -m fsdp_testkit counts $(REPORT) -o $(COUNTS)
 
 fault-table: install
 	$(BIN)/python tests/ranks/write_fault_table.py

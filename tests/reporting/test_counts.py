@@ -21,6 +21,12 @@ def test_rows_of_a_test_are_summed() -> None:
     assert count(rows) == {"reference": {"llama": {"dcp default": [2, 15, 8]}}}
 
 
+def test_a_row_with_rounding_has_other_numbers_and_does_not_count() -> None:
+    rounded = row(checks=3)
+    rounded.extra["rounding"] = [{"check": "weights"}]
+    assert count([row(layout="fsdp(3)"), rounded]) == {}
+
+
 @pytest.mark.parametrize(
     ("now", "line"),
     [
