@@ -3,10 +3,11 @@
 python -m benchmarks.loading                             # about 1 GiB, dense and MoE, fp32 and bf16, 2 and 4 ranks
 python -m benchmarks.loading --mib 8 --repeat 1 --ranks 2  # a look
 
-Every method loads the same files on warm ranks (forked from a server that has torch and transformers imported; the
-files are in the page cache), the methods taking turns. Times are medians of the slowest rank; memory is anonymous plus
-shared pages above the start, sampled by a thread: pages of the mapped checkpoint are the page cache's. The checksums of
-all local shards have to be equal among the methods, or the run fails.
+Every method loads the same files on warm ranks (forked from a server that has torch and transformers imported, and each
+has loaded a small checkpoint by the same method; the files are in the page cache), the methods taking turns. Times are
+medians of the slowest rank; memory is anonymous plus shared pages above the start, sampled by a thread: pages of the
+mapped checkpoint are the page cache's. The checksums of all local shards have to be equal among the methods, or the run
+fails.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from fsdp_testkit.ranks import Harness, Job
 
 COLUMNS = ("seconds", "cpu seconds", "creation s", "sum of peaks", "worst peak", "read")
 DTYPES = ("float32", "bfloat16")
+#: MiB of the checkpoint that warms a rank.
+SMALL = 2
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,8 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         preload = (*PRELOAD, "benchmarks.loading_methods", "accelerate", "accelerate.utils.fsdp_utils")
         with Harness(preload=preload) as harness:
             for kind, dtype, ranks in cases:
-                checkpoint = build(kind, options.mib, folder)
-                runs = run_case(harness, kind, checkpoint, dtype, ranks, options)
+                checkpoints = build(kind, options.mib, folder), build(kind, SMALL, folder)
+                runs = run_case(harness, kind, checkpoints, dtype, ranks, options)
                 summary = {name: summarise(found) for name, found in runs.items()}
                 same = len({tuple(s["checksums"]) for s in summary.values()}) == 1
                 results.append({"model": kind, "dtype": dtype, "ranks": ranks, "equal": same, "methods": summary})
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_case(
-    harness: Harness, kind: str, checkpoint: Path, dtype: str, ranks: int, options: argparse.Namespace
+    harness: Harness, kind: str, checkpoints: tuple[Path, Path], dtype: str, ranks: int, options: argparse.Namespace
 ) -> Runs:
     """Return what each rank measured in each run of each method."""
     job = Job(
@@ -66,7 +69,8 @@ def run_case(
         deadline=600.0,
         name=f"{kind} {dtype} {ranks} ranks",
         args={
-            "folder": str(checkpoint),
+            "folder": str(checkpoints[0]),
+            "small": str(checkpoints[1]),
             "model_class": CLASSES[kind].__name__,
             "dtype": dtype,
             "period": options.period,

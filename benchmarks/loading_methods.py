@@ -160,11 +160,18 @@ def shard(model: Any) -> None:
     fully_shard(model)
 
 
-def measure(context: Any, *, method: str, folder: str, model_class: str, dtype: str, period: float) -> dict[str, Any]:
-    """Load once and return what it cost this rank, and a checksum of each of its local shards' bytes."""
+def measure(
+    context: Any, *, method: str, folder: str, small: str, model_class: str, dtype: str, period: float
+) -> dict[str, Any]:
+    """Load once and return what it cost this rank, and a checksum of each of its local shards' bytes.
+
+    The same method loads a ``small`` checkpoint first: a rank is new, and what its first load imports, connects and
+    copies from the process it was forked from is no matter of the method.
+    """
     transformers.utils.logging.disable_progress_bar()
     cls = getattr(transformers, model_class)
     load = METHODS[method]
+    load(Path(small), cls, getattr(torch, dtype), Clock())
     gc.collect()
     _return_free_memory()
     with counting_reads() as reads, MemorySampler(period) as sampler:

@@ -22,7 +22,9 @@ ROOT = HERE.parent.parent
 PRELOAD = ("torch.distributed",)
 #: Starts two ranks, one of which holds the GIL in C code, and waits.
 WAITING_PARENT = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what was started in the background ignores it
 sys.path[:0] = [{root!r}, {here!r}]
 from fsdp_testkit.ranks import Harness, Job
 harness = Harness(start_method={method!r}, preload=("torch.distributed",))
