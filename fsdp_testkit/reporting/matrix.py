@@ -91,8 +91,9 @@ def total_lines(rows: Sequence[Result]) -> list[Line]:
         first.extend([Segment(", "), part] if index else [part])
     checks, tensors = sum(row.checks for row in rows), sum(row.tensors for row in rows)
     text = f"{checks} check{_s(checks)}, {tensors} tensor{_s(tensors)} compared"
-    # a failed row's error says nothing about how close the healthy ones are
-    measured = [row for row in rows if row.outcome == "passed" and row.max_rel_error is not None]
+    # neither a failed row's error nor one that only float64 could judge says how close the healthy ones are
+    passed = [row for row in rows if row.outcome == "passed" and row.max_rel_error is not None]
+    measured = [row for row in passed if not row.extra.get("rounding")]
     if measured:
         worst = max(measured, key=lambda row: row.max_rel_error or 0.0)
         bound = f" (tolerance {number(worst.tolerance)})" if worst.tolerance is not None else ""
@@ -101,8 +102,11 @@ def total_lines(rows: Sequence[Result]) -> list[Line]:
             text += f", {title(worst)} on {worst.layout}"
     lines = [first, [Segment(text)]]
     if rounded := [row for row in rows if row.extra.get("rounding")]:
-        where = f"{title(rounded[0])} on {rounded[0].layout}"
-        lines.append([Segment(f"{len(rounded)} row{_s(len(rounded))} with rounding only, as float64 shows; {where}")])
+        worst = max(rounded, key=lambda row: row.max_rel_error or 0.0)
+        text = f"{len(rounded)} row{_s(len(rounded))} with rounding only, as float64 shows"
+        if worst.max_rel_error is not None:
+            text += f"; the largest relative error was {number(worst.max_rel_error)}"
+        lines.append([Segment(f"{text}, {title(worst)} on {worst.layout}")])
     return lines
 
 

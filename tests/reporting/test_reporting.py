@@ -136,6 +136,16 @@ def test_matrix_shows_the_worst_of_a_cell() -> None:
     ]
 
 
+def test_what_only_float64_could_judge_is_no_measure_of_the_rest() -> None:
+    rows = [row(max_rel_error=1e-6, tolerance=2e-5), row(test="resume", max_rel_error=49.0, tolerance=2e-5)]
+    rows[1].extra["rounding"] = [finding()]
+    _, numbers, rounded = text_of(matrix.total_lines(rows))
+    assert "largest relative error that passed 1e-06" in numbers
+    assert rounded.startswith(
+        "1 row with rounding only, as float64 shows; the largest relative error was 49, llama: resume"
+    )
+
+
 def test_every_outcome_has_a_sign() -> None:
     assert set(matrix.SIGNS) == set(OUTCOMES)
 
