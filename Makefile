@@ -20,6 +20,8 @@ PYTEST_ARGS ?=
 SOAK_JOBS ?= 10000
 RUNS ?= 10
 TIER ?= core
+MATRIX = $(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) \
+	$(if $(COUNTS),--fsdp-counts $(COUNTS))
 
 .PHONY: help install matrix matrix-all test lint museum soak ten-times false-alarms two-hosts fault-table counts format clean
 
@@ -48,11 +50,11 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 
 matrix: install
 	mkdir -p $(dir $(REPORT))
-	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models headline --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(if $(COUNTS),--fsdp-counts $(COUNTS)) $(PYTEST_ARGS)
+	$(MATRIX) --fsdp-models headline $(PYTEST_ARGS)
 
 matrix-all: install
 	mkdir -p $(dir $(REPORT))
-	$(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-models all --fsdp-tier $(TIER) --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) $(if $(COUNTS),--fsdp-counts $(COUNTS)) $(PYTEST_ARGS)
+	$(MATRIX) --fsdp-models all --fsdp-tier $(TIER) $(PYTEST_ARGS)
 
 test: install
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) tests $(PYTEST_ARGS)

@@ -43,8 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         preload = (*PRELOAD, "benchmarks.loading_methods", "accelerate", "accelerate.utils.fsdp_utils")
         with Harness(preload=preload) as harness:
             for kind, dtype, ranks in cases:
-                checkpoints = build(kind, options.mib, folder), build(kind, SMALL, folder)
-                runs = run_case(harness, kind, checkpoints, dtype, ranks, options)
+                runs = run_case(harness, kind, folder, dtype, ranks, options)
                 summary = {name: summarise(found) for name, found in runs.items()}
                 same = len({tuple(s["checksums"]) for s in summary.values()}) == 1
                 results.append({"model": kind, "dtype": dtype, "ranks": ranks, "equal": same, "methods": summary})
@@ -59,9 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("the methods do not load the same weights")
 
 
-def run_case(
-    harness: Harness, kind: str, checkpoints: tuple[Path, Path], dtype: str, ranks: int, options: argparse.Namespace
-) -> Runs:
+def run_case(harness: Harness, kind: str, folder: Path, dtype: str, ranks: int, options: argparse.Namespace) -> Runs:
     """Return what each rank measured in each run of each method."""
     job = Job(
         target="benchmarks.loading_methods:measure",
@@ -69,8 +66,8 @@ def run_case(
         deadline=600.0,
         name=f"{kind} {dtype} {ranks} ranks",
         args={
-            "folder": str(checkpoints[0]),
-            "small": str(checkpoints[1]),
+            "folder": str(build(kind, options.mib, folder)),
+            "small": str(build(kind, SMALL, folder)),
             "model_class": CLASSES[kind].__name__,
             "dtype": dtype,
             "period": options.period,

@@ -5,6 +5,7 @@ Imports no torch: the process of pytest reads these without it.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -15,10 +16,9 @@ ADAPTER = ".adapter_"
 def manual_plan(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the manual plan that the kit tests with: mixed options, a nested unit, head and norm apart.
 
-    The embedding keeps its weight after forward, blocks reshard, the largest child of the blocks is a unit
-    of its own inside them and keeps its weight, final norm and head are units that reshard. It is written
-    with one rule per pattern (``*`` matches one path component), so that implementations which take
-    patterns alone can express it.
+    Embedding, blocks and final norm reshard after forward; the largest child of the blocks is a unit of its own
+    inside them and keeps its weight, and so does the head. It is written with one rule per pattern (``*`` matches
+    one path component), so that implementations which take patterns alone can express it.
     """
     modules: dict[str, dict[str, Any]] = {}
     for embedding in tree["embeddings"]:
@@ -52,8 +52,8 @@ def frozen_subset(tree: dict[str, Any]) -> list[str]:
     ]
 
 
-def _pattern(block: str) -> str:
-    return re.sub(r"\.\d+(?=\.[^.]+$|$)", ".*", block)
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.[^.]+$|$)", ".*", name)
 
 
 def _largest_child(tree: dict[str, Any], blocks: list[str]) -> str:
@@ -66,10 +66,7 @@ def _largest_child(tree: dict[str, Any], blocks: list[str]) -> str:
         if not block or "." not in rest:
             continue
         child = rest.split(".")[0]
-        count = 1
-        for size in facts["shape"]:
-            count *= size
-        sizes[child] = sizes.get(child, 0) + count
+        sizes[child] = sizes.get(child, 0) + math.prod(facts["shape"])
         seen.setdefault(child, set()).add(block)
     common = [child for child in sizes if len(seen[child]) == len(blocks)]
     # mlp-like children are entered through forward in every model; a block's other children may be read directly

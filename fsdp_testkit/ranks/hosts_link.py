@@ -201,6 +201,8 @@ class HostsLink:
             self.pipes.shut(seat.output)
         self.seats.clear()
         self.queue.clear()
+        for agent in self.agents:
+            agent.killed.clear()
 
     # --- one job -------------------------------------------------------------------------------------------------
 
@@ -208,8 +210,6 @@ class HostsLink:
         """Deal the ranks, and bring the files that have changed to the hosts."""
         self.places = deal(self.hosts.room(), ranks, together)
         self._clear_seats()
-        for agent in self.agents:
-            agent.killed.clear()
         for agent in {self.agents[index].host: self.agents[index] for index, _ in self.places}.values():
             for carrier in self.agents:
                 if carrier.host == agent.host and carrier.mirror is not None:

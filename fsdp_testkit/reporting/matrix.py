@@ -92,8 +92,11 @@ def total_lines(rows: Sequence[Result]) -> list[Line]:
     checks, tensors = sum(row.checks for row in rows), sum(row.tensors for row in rows)
     text = f"{checks} check{_s(checks)}, {tensors} tensor{_s(tensors)} compared"
     # neither a failed row's error nor one that only float64 could judge says how close the healthy ones are
-    passed = [row for row in rows if row.outcome == "passed" and row.max_rel_error is not None]
-    measured = [row for row in passed if not row.extra.get("rounding")]
+    measured = [
+        row
+        for row in rows
+        if row.outcome == "passed" and row.max_rel_error is not None and not row.extra.get("rounding")
+    ]
     if measured:
         worst = max(measured, key=lambda row: row.max_rel_error or 0.0)
         bound = f" (tolerance {number(worst.tolerance)})" if worst.tolerance is not None else ""
