@@ -96,7 +96,9 @@ def test_ranks_of_two_hosts_are_one_group(harness: Harness, monkeypatch: pytest.
 
 
 def test_an_exception_is_reported_with_its_host(harness: Harness) -> None:
-    text = failed(harness.run(Job(target="targets:raises", args={"rank": 2}, world_size=4, deadline=30)))
+    # after a collective: a rank that is still being connected may wait for the others instead of hearing of rank 2
+    job = Job(target="targets:raises", args={"rank": 2, "when": "after"}, world_size=4, deadline=30)
+    text = failed(harness.run(job))
     assert "rank 2 (host b) of 4 raised ValueError: boom" in text
     assert "in raises" in text
     assert "3 (host b) raised RuntimeError" in text, "a consequence, of which the host is named as well"
