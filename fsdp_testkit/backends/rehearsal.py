@@ -1,0 +1,64 @@
+"""A small sharded training in the process that ranks are forked from, for what it leaves in memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from fsdp_testkit.backends.groups import forget_groups, mesh_of
+from fsdp_testkit.core.layout import Layout
+
+LAYOUTS = (Layout(kind="fsdp", shard=2, comm="fake"), Layout(kind="hsdp", replicate=2, shard=2, comm="fake"))
+
+
+def rehearse() -> bool:
+    """Train two linear layers with FSDP2 under fake process groups; return whether it was done.
+
+    The first use of FSDP2, DTensor and a fused optimizer in a process fills tables that have nothing to do with the
+    model: wrappers of functions, rules of operators, registrations. In each of a model's two dozen ranks that is about
+    a tenth of the CPU time. What belongs to the fake groups, such as DTensor's memory of their meshes, is dropped.
+
+    Does nothing in a torch that was built for an accelerator: autograd would start a thread for each device, and a
+    process with threads cannot be forked. Draws no random number.
+
+    Raises:
+        RuntimeError: this process is in a process group already.
+    """
+    if torch.accelerator.current_accelerator(check_available=False) is not None:
+        return False
+    if dist.is_initialized():
+        raise RuntimeError("this process is in a process group: a rehearsal would use it")
+    # torch's own stand-in for a group of other processes; it registers the backend called "fake"
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    for layout in LAYOUTS:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
+        try:
+            _train(layout)
+        finally:
+            dist.destroy_process_group()
+            forget_groups()
+    return True
+
+
+def _train(layout: Layout) -> None:
+    mesh = mesh_of(layout)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().zero_()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for _ in range(2):
+        model(torch.zeros(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.full_tensor()

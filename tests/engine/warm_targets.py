@@ -1,0 +1,54 @@
+"""What the ranks of `test_warm.py` run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import _get_python_sharding_prop_cache_info
+
+from fsdp_testkit.backends import groups
+from fsdp_testkit.backends.rehearsal import rehearse
+from fsdp_testkit.scenarios import train
+
+
+def imports(context: Any, **args: Any) -> list[str]:
+    """Train, and return the modules that were imported for it."""
+    before = set(sys.modules)
+    train.run(context, **args)
+    return sorted(set(sys.modules) - before)
+
+
+def rehearsed(context: Any) -> dict[str, Any]:
+    """Rehearse, and return what could have stayed."""
+    context.observe()
+    before = torch.get_rng_state()
+    done = rehearse()
+    return {
+        "done": done,
+        "threads": len(list(Path("/proc/self/task").iterdir())),
+        "group": dist.is_initialized(),
+        "cached": _get_python_sharding_prop_cache_info().currsize,
+        "meshes": [str(mesh) for mesh in groups._meshes.values()],
+        "drawn": not torch.equal(before, torch.get_rng_state()),
+    }
+
+
+def rehearsed_in_a_group(context: Any) -> str:
+    """Return the error of a rehearsal in the middle of a job."""
+    context.observe()
+    try:
+        rehearse()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def parent(context: Any) -> int:
+    """Return the process that this rank was forked from."""
+    context.observe()
+    return os.getppid()
