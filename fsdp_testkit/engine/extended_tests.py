@@ -229,6 +229,7 @@ def watched(work: SpecWork, case: Case, target: str = "extended:run") -> Run:
 
 def trained(work: SpecWork, case: Case, target: str = "extended:run") -> Outcome:
     """Train and judge by truth and DDP, once more in fp64 where a number is in doubt."""
+    work.expect_ddp(case)
     run = watched(work, case, target)
     if run.failure:
         return judged(case, run, Verdict.empty)

@@ -19,8 +19,8 @@ SCENARIOS = "fsdp_testkit.scenarios"
 TALLY = "fault_hits"
 #: Jobs in one batch: what a job leaves in memory stays until the batch ends.
 LARGEST_BATCH = 16
-#: Order in which kinds of jobs are run: what others wait for comes first.
-_ROLES = ("truth", "backend", "claims", "oracle", "lone")
+#: Roles whose jobs may share processes, in the order in which they run there; what others wait for comes first.
+_TOGETHER = (("truth",), ("oracle", "backend"), ("claims",), ("lone",))
 
 
 @dataclass(slots=True)
@@ -61,8 +61,9 @@ class Order:
         comm: process group that the ranks find.
         name: for reports.
         deadline: seconds.
-        role: ``truth``, ``backend``, ``claims``, ``oracle`` or ``lone`` (it breaks its group): only jobs of one role
-            share processes, so that nothing that the code under test leaves behind reaches those that judge it.
+        role: ``truth``, ``oracle``, ``backend``, ``claims`` or ``lone`` (it breaks its group). Jobs of the oracle and
+            of the backend share processes, the oracle's first: nothing that the code under test leaves behind
+            reaches those that judge it. Jobs of other roles are among themselves.
     """
 
     target: str
@@ -81,7 +82,16 @@ class Order:
     @property
     def group(self) -> tuple[int, int, str, str]:
         """Jobs of one group fit together; groups are run in ascending order."""
-        return self.layout.world_size, _ROLES.index(self.role), self.comm, self.layout.device
+        return self.layout.world_size, self._place[0], self.comm, self.layout.device
+
+    @property
+    def turn(self) -> int:
+        """Jobs of one group are run in ascending order of it."""
+        return self._place[1]
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return next((index, roles.index(self.role)) for index, roles in enumerate(_TOGETHER) if self.role in roles)
 
     def job(self, deadline: float) -> Job:
         """Return it as a job of the harness."""
@@ -121,7 +131,8 @@ class Jobs:
     @staticmethod
     def _choose(requests: Sequence[Request]) -> list[Request]:
         first = min(request.payload.group for request in requests)
-        return [request for request in requests if request.payload.group == first][:LARGEST_BATCH]
+        chosen = [request for request in requests if request.payload.group == first]
+        return sorted(chosen, key=lambda request: int(request.payload.turn))[:LARGEST_BATCH]
 
     def _run_requests(self, requests: list[Request]) -> None:
         left = list(requests)

@@ -91,12 +91,12 @@ def claim(work: SpecWork, claims: list[tuple[Case, int]]) -> Run:
 def buffers_dtypes(engine: Engine, work: SpecWork) -> list[Outcome]:
     """Buffers and dtypes after a load in fp32 and in bf16."""
     case = auto_case(engine, work, "buffers_dtypes")
+    half = replace(case, dtype="bfloat16", steps=0).with_options(poison="garbage")
     cases = prepare(engine, work)
-    truth = work.truth(cases[0])
+    work.prepare([cases[0], half])
+    truth, truth_half = work.truth(cases[0]), work.truth(half)
     run = work.train(case)
     outcome = judged(case, run, lambda: check_buffers(run.get(), truth).add(check_dtypes(run.get(), truth)))
-    half = replace(case, dtype="bfloat16", steps=0).with_options(poison="garbage")
-    truth_half = work.truth(half)
     run_half = work.train(half)
     outcome_half = judged(
         half,
@@ -312,6 +312,7 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
     cases = prepare(engine, work)
     if same := ignored_tie(work, cases[0]):
         return [same]
+    work.expect_ddp(case)
     run = work.train(case)
     if run.failure:
         return [judged(case, run, Verdict.empty)]

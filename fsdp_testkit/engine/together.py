@@ -51,8 +51,10 @@ class Ended(Generic[T]):
 
 
 class _Task(Generic[T]):
-    def __init__(self, together: Together, function: Callable[[], T]) -> None:
+    def __init__(self, together: Together, function: Callable[[], T], owner: _Task[Any] | None = None) -> None:
         self.ended: Ended[T] = Ended()
+        #: Where its time is counted.
+        self.account: Ended[Any] = self.ended if owner is None else owner.account
         self.done = False
         self.abandoned = False
         self._function = function
@@ -67,7 +69,7 @@ class _Task(Generic[T]):
         started = time.monotonic()
         self._go.release()
         self._stands.acquire()
-        self.ended.seconds += time.monotonic() - started
+        self.account.seconds += time.monotonic() - started
         if self.done:
             self._thread.join()
 
@@ -110,6 +112,8 @@ class Together:
         self._choose = choose
         self._run = run
         self._pending: list[Request] = []
+        self._tasks: list[_Task[Any]] = []
+        self._started: list[_Task[Any]] = []
 
     @property
     def inside(self) -> bool:
@@ -132,14 +136,25 @@ class Together:
         self._pending.append(request)
         return task.wait(request)
 
+    def beside(self, function: Callable[[], object]) -> None:
+        """Have a procedure's caller run ``function`` as a procedure too, to ask early for what is needed later.
+
+        Its outcome is dropped: whoever needs the job asks for it again, and gets what came of it. Its time is the
+        caller's. Does nothing outside a procedure, where nothing can be put together.
+        """
+        if self.inside:
+            self._started.append(_Task(self, function, owner=self.local.task))
+
     def all(self, functions: Sequence[Callable[[], T]]) -> list[Ended[T]]:
         """Run the procedures to their ends."""
         tasks = [_Task(self, function) for function in functions]
-        ready = list(tasks)
+        self._tasks += tasks
+        ready: list[_Task[Any]] = list(tasks)
         try:
             while ready:
                 for task in ready:
                     task.go_on()
+                    ready += self._new()
                 ready = []
                 if self._pending:
                     chosen = self._choose(self._pending)
@@ -147,12 +162,19 @@ class Together:
                     for request in chosen:
                         self._pending.remove(request)
                         for task in request.askers:
-                            task.ended.seconds += request.seconds / len(request.askers)
+                            task.account.seconds += request.seconds / len(request.askers)
                             ready.append(task)
         finally:
-            for task in tasks:
+            self._new()
+            for task in self._tasks:
                 if not task.done:  # interrupted: their threads must not outlive this call
                     task.abandoned = True
                     task.go_on()
             self._pending.clear()
+            self._tasks.clear()
         return [task.ended for task in tasks]
+
+    def _new(self) -> list[_Task[Any]]:
+        new, self._started = self._started, []
+        self._tasks += new
+        return new

@@ -91,6 +91,10 @@ class SpecWork:
             raise OracleFailedError(f"DDP could not be run: {run.failure}\n{run.report}")
         return run.get()
 
+    def expect_ddp(self, case: Case) -> None:
+        """Say that `ddp` will be asked for, before a run is waited for: the two then share ranks."""
+        self.jobs.together.beside(lambda: self.ddp(case))
+
     def train(self, case: Case) -> Run:
         """Return the run of the ``train`` scenario, from the cache where it was done."""
         return self.cached("train:run", case, {"checkpoint": str(self.checkpoint)})

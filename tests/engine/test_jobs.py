@@ -88,9 +88,32 @@ def names(found: Run) -> list[str]:
 def test_jobs_of_one_kind_share_ranks(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path)
     found = run(ranks, "a", order("big", world=4), "b", order("ddp", role="oracle"), "c")
-    assert ranks.jobs == [["a", "b", "c"], ["ddp"], ["big"]]
+    # what judges comes before what is judged
+    assert ranks.jobs == [["ddp", "a", "b", "c"], ["big"]]
     assert [names(item) for item in found] == [["a"] * 2, ["big"] * 4, ["b"] * 2, ["ddp"] * 2, ["c"] * 2]
     assert not list(tmp_path.iterdir())
+
+
+def test_roles_that_share_no_ranks(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    run(ranks, order("lone", role="lone"), order("claims", role="claims"), "a", order("truth", role="truth"), "b")
+    assert ranks.jobs == [["truth"], ["a", "b"], ["claims"], ["lone"]]
+
+
+def test_what_is_asked_for_beside_shares_ranks(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    jobs = Jobs(cast("Harness", ranks))
+
+    def procedure() -> str:
+        jobs.together.beside(lambda: jobs.run(order("bad ddp", role="oracle")))
+        jobs.together.beside(lambda: jobs.run(order("ddp", role="oracle")))
+        mine = jobs.run(order("a"))
+        return mine.failure
+
+    (ended,) = jobs.together.all([procedure])
+    assert ended.value == ""
+    assert ended.error is None
+    assert ranks.jobs == [["bad ddp", "ddp", "a"], ["bad ddp"], ["ddp", "a"]]
 
 
 @pytest.mark.parametrize("broken", ["bad", "half"])

@@ -53,6 +53,29 @@ def test_an_equal_key_is_one_job_whose_time_is_shared() -> None:
     assert all(1.0 <= end.seconds < 2.0 for end in ended)
 
 
+def test_what_is_started_beside_is_in_the_same_batch_and_its_time_is_its_owners() -> None:
+    log = Log()
+    outcomes = []
+
+    def beside() -> None:
+        outcomes.append(log.together.ask("a1", None))
+        log.together.beside(lambda: outcomes.append(log.together.ask("b1", None)))
+        raise LookupError("of its own")
+
+    def owner() -> str:
+        log.together.beside(beside)
+        return str(log.together.ask("a2", None))
+
+    other, mine = log.together.all([asks(log, "a3"), owner])
+    assert log.batches == [["a3", "a2", "a1"], ["b1"]]
+    assert (mine.value, mine.error, outcomes) == ("A2", None, ["A1", "B1"])
+    assert 6.0 <= mine.seconds < 7.0
+    assert 2.0 <= other.seconds < 3.0
+    log.together.beside(lambda: outcomes.append("outside"))
+    assert log.together.all([list])[0].value == []
+    assert outcomes == ["A1", "B1"]
+
+
 def test_errors_stay_with_the_procedures_that_asked() -> None:
     def fail(key: str) -> None:
         if key == "a1":
