@@ -121,6 +121,11 @@ def largest(evidence: Evidence, prefix: str) -> float:
     return max((size for size in sizes if np.isfinite(size)), default=0.0)
 
 
+def same_rates(actual: list[float], expected: list[float]) -> bool:
+    """Whether two optimizers have the same learning rate in each of their groups, and as many groups."""
+    return len(actual) == len(expected) and bool(np.allclose(actual, expected, rtol=1e-12))
+
+
 class _Look:
     """One rank's evidence beside an oracle: what is compared, and where it is said to be."""
 
@@ -154,7 +159,7 @@ class _Look:
             wanted = oracle.facts["norms"][key]
             compare_number(self.verdict, facts["norms"][key], wanted, tolerance=limits.norm, **where)
             self.verdict.expect(
-                np.allclose(facts["lrs"][key], oracle.facts["lrs"][key], rtol=1e-12),
+                same_rates(facts["lrs"][key], oracle.facts["lrs"][key]),
                 message=f"learning rates {facts['lrs'][key]} instead of {oracle.facts['lrs'][key]}",
                 **self.where("learning_rate", step=step),
             )

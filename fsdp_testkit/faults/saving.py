@@ -99,7 +99,7 @@ class StaleOptimizer(Fault, bug="optimizer-holds-unsharded-root-params"):
         """Replace one parameter of the first group by a detached copy."""
         del model
         group = optimizer.param_groups[0]["params"]
-        group[2] = nn.Parameter(group[2].detach().clone())
+        group[-1] = nn.Parameter(group[-1].detach().clone())
         self.hit()
 
 

@@ -15,7 +15,7 @@ from fsdp_testkit.checks.files import read_checkpoint, read_safetensors
 from fsdp_testkit.checks.saving import check_reload, trained_weights
 from fsdp_testkit.checks.structure import check_structure, expand_plan, expected_units
 from fsdp_testkit.checks.tolerances import tolerance
-from fsdp_testkit.checks.training import check_batches, check_replicas, check_routing
+from fsdp_testkit.checks.training import check_batches, check_replicas, check_routing, same_rates
 from fsdp_testkit.core.case import Case, ModelSpec
 from fsdp_testkit.core.errors import InternalError
 from fsdp_testkit.core.evidence import Evidence, TensorData
@@ -247,6 +247,13 @@ def test_equal_batches_and_equal_tokens_are_findings() -> None:
     assert not check_batches([trace(0, "a", 3), trace(1, "b", 4)]).findings
     assert "same batch as rank 0" in check_batches([trace(0, "a", 3), trace(1, "a", 4)]).findings[0].message
     assert "same number of valid tokens" in check_batches([trace(0, "a", 3), trace(1, "b", 3)]).findings[0].message
+
+
+def test_another_number_of_groups_is_another_learning_rate() -> None:
+    assert same_rates([1e-3, 5e-4], [1e-3, 5e-4])
+    assert not same_rates([1e-3, 1e-3], [1e-3, 5e-4])
+    assert not same_rates([1e-3, 1e-3, 1e-3], [1e-3, 1e-3])
+    assert not same_rates([1e-3], [1e-3, 1e-3])  # numpy would repeat it
 
 
 def test_replicas_are_compared_after_every_step() -> None:
