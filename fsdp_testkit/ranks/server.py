@@ -82,11 +82,13 @@ def main(control: int, method: str, preload: Iterable[str], folder: str) -> None
 
 def _preload(names: Iterable[str]) -> list[str]:
     problems = []
+    gc.disable()  # modules make millions of objects that stay: to look through them again and again takes a fifth
     for name in names:
         try:
             importlib.import_module(name)
         except BaseException as error:  # whatever a module does at import, the server has to come up
             problems.append(f"preloading {name} failed: {type(error).__name__}: {error}"[:500])
+    gc.enable()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     return problems[:50]  # a message is limited
