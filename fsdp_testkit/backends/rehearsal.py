@@ -17,7 +17,7 @@ def rehearse() -> bool:
     """Train two linear layers with FSDP2 under fake process groups; return whether it was done.
 
     The first use of FSDP2, DTensor and a fused optimizer in a process fills tables that have nothing to do with the
-    model: wrappers of functions, rules of operators, registrations. In each of a model's two dozen ranks that is about
+    model: wrappers of functions, rules of operators, registrations. In ranks that live for a second or two it is about
     a tenth of the CPU time. What belongs to the fake groups, such as DTensor's memory of their meshes, is dropped.
 
     Does nothing in a torch that was built for an accelerator: autograd would start a thread for each device, and a
