@@ -65,7 +65,7 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW whose tensors of 2 or more dims decay, the others do not.
+    """AdamW whose tensors of 2 or more dims decay, the others do not; each block of the model has groups of its own.
 
     Attributes:
         lr: learning rate of the decaying tensors; the others take half of it.
@@ -84,7 +84,7 @@ class OptimizerConfig:
     split: int = 1
 
 
-#: A block is a numbered module outside any other numbered one: ``model.layers.0``.
+#: A block is a module called by a number, outside any other such module: ``model.layers.0``.
 _BLOCK = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 
 

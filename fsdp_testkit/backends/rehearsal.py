@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,20 +28,25 @@ def rehearse() -> bool:
     Raises:
         RuntimeError: this process is in a process group already.
     """
-    if torch.accelerator.current_accelerator(check_available=False) is not None:
-        return False
     if dist.is_initialized():
         raise RuntimeError("this process is in a process group: a rehearsal would use it")
+    if torch.accelerator.current_accelerator(check_available=False) is not None:
+        return False
     # torch's own stand-in for a group of other processes; it registers the backend called "fake"
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    for layout in LAYOUTS:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
-        try:
-            _train(layout)
-        finally:
-            dist.destroy_process_group()
-            forget_groups()
+    hook = sys.excepthook
+    try:
+        for layout in LAYOUTS:
+            try:
+                dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
+                _train(layout)
+            finally:
+                if dist.is_initialized():  # a group that did not come up may be there all the same
+                    dist.destroy_process_group()
+                forget_groups()
+    finally:
+        sys.excepthook = hook  # each group puts its rank before what an earlier hook says, and leaves that behind
     return True
 
 

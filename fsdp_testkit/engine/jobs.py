@@ -19,8 +19,8 @@ SCENARIOS = "fsdp_testkit.scenarios"
 TALLY = "fault_hits"
 #: Jobs in one batch: what a job leaves in memory stays until the batch ends.
 LARGEST_BATCH = 16
-#: Roles whose jobs may share processes, in the order in which they run there; what others wait for comes first.
-_TOGETHER = (("truth",), ("oracle", "backend"), ("claims",), ("lone",))
+#: role -> (place of its group among those of one size, turn within it); what others wait for comes first.
+_PLACES = {"truth": (0, 0), "oracle": (1, 0), "backend": (1, 1), "claims": (2, 0), "lone": (3, 0)}
 
 
 @dataclass(slots=True)
@@ -82,16 +82,12 @@ class Order:
     @property
     def group(self) -> tuple[int, int, str, str]:
         """Jobs of one group fit together; groups are run in ascending order."""
-        return self.layout.world_size, self._place[0], self.comm, self.layout.device
+        return self.layout.world_size, _PLACES[self.role][0], self.comm, self.layout.device
 
     @property
     def turn(self) -> int:
         """Jobs of one group are run in ascending order of it."""
-        return self._place[1]
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        return next((index, roles.index(self.role)) for index, roles in enumerate(_TOGETHER) if self.role in roles)
+        return _PLACES[self.role][1]
 
     def job(self, deadline: float) -> Job:
         """Return it as a job of the harness."""
@@ -143,7 +139,7 @@ class Jobs:
             if done < len(batch):  # the next one broke the batch, or is the only one
                 run = self._alone(batch[done].payload)
                 if len(batch) > 1 and not run.failure:
-                    judge_disagreement(run, self._broken)
+                    judge_disagreement(run, self._broken, [request.payload.name for request in batch[:done]])
                 batch[done].result = run
                 done += 1
             for request in left[:done]:
@@ -200,9 +196,13 @@ def to_run(report: JobReport) -> Run:
     return run
 
 
-def judge_disagreement(run: Run, failure: JobFailure | None) -> None:
-    """Judge a job that broke a batch and passed alone: a hang may have been slowness, the rest is a failure."""
-    text = "failed in ranks that had run other jobs before it, and passed in fresh ones"
+def judge_disagreement(run: Run, failure: JobFailure | None, before: Sequence[str]) -> None:
+    """Judge a job that broke a batch and passed alone: a hang may have been slowness, the rest is a failure.
+
+    ``before`` names the jobs that its ranks had run.
+    """
+    others = f"other jobs before it ({', '.join(before)})" if before else "no other job before it"
+    text = f"failed in ranks that had run {others}, and passed in fresh ones"
     if failure is None or failure.kind == "hang":
         run.notes.append(f"{text}; the first time it did not end in time")
         return

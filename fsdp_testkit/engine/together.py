@@ -137,12 +137,12 @@ class Together:
         return task.wait(request)
 
     def beside(self, function: Callable[[], object]) -> None:
-        """Have a procedure's caller run ``function`` as a procedure too, to ask early for what is needed later.
+        """Run ``function`` as a procedure beside the one that calls, to ask early for what is needed later.
 
         Its outcome is dropped: whoever needs the job asks for it again, and gets what came of it. Its time is the
         caller's. Does nothing outside a procedure, where nothing can be put together.
         """
-        if self.inside:
+        if self.inside and not self.local.task.abandoned:
             self._started.append(_Task(self, function, owner=self.local.task))
 
     def all(self, functions: Sequence[Callable[[], T]]) -> list[Ended[T]]:

@@ -56,10 +56,11 @@ class NotSwitched(Fault, bug="optimizer-param-not-switched"):
     causes = ("optimizer on other tensors",)
 
     def after_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Keep copies in the group of norms."""
-        group = optimizer.param_groups[1]
-        group["params"] = [nn.Parameter(parameter.detach().clone()) for parameter in group["params"]]
-        self.hit()
+        """Keep copies in the groups of norms and biases, which are those without decay."""
+        for group in optimizer.param_groups:
+            if group["weight_decay"] == 0:
+                group["params"] = [nn.Parameter(parameter.detach().clone()) for parameter in group["params"]]
+                self.hit()
 
 
 class KeyFromConfig(Fault, bug="mutual-tied-keyerror"):

@@ -171,7 +171,7 @@ class Harness:
         """Run ``package.module:function(**args)`` once where CPU ranks are forked from, before the next job.
 
         What it imports and caches is then there in every new rank. Use it for work that all ranks would
-        repeat; it must not start threads or a process group. Does nothing with ``spawn``.
+        repeat; it must not leave threads or a process group behind. Does nothing with ``spawn``.
 
         Args:
             target: function to call.

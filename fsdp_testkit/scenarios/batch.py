@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -30,7 +31,10 @@ def run(context: Any, *, parts: list[dict[str, Any]]) -> dict[str, Any]:
         RuntimeError: a part returned without an observation.
     """
     kept.expect([Case.from_json(part["args"]["case"]) for part in parts if part["target"] == SAVE])
+    judging = [is_ddp(part) for part in parts]
     for index, part in enumerate(parts):
+        if index and judging[index - 1] and not judging[index]:
+            give_back_memory()  # DDP's full copies are not to be held against the code under test
         folder = part_folder(context.folder, index)
         folder.mkdir(exist_ok=True)
         mine = replace(context, folder=folder, observations=0)
@@ -45,6 +49,19 @@ def run(context: Any, *, parts: list[dict[str, Any]]) -> dict[str, Any]:
         partial.write_text(json.dumps(value), encoding="utf-8")
         partial.rename(finished)
     return {}
+
+
+def is_ddp(part: dict[str, Any]) -> bool:
+    """Return whether a part runs the DDP oracle."""
+    case = part["args"].get("case", "")
+    return bool(case) and Case.from_json(case).backend == "ddp"
+
+
+def give_back_memory() -> None:
+    """Free what earlier parts have left in cycles and, on a GPU, what its allocator keeps."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def part_folder(folder: Path, index: int) -> Path:

@@ -179,8 +179,8 @@ def idle_parameters(parameters: dict[str, dict[str, Any]], reached: set[str]) ->
 
 
 def block_of(name: str) -> str:
-    """Return the part of a parameter's FQN up to its first number; ``""`` where it has none."""
-    parts = name.split(".")
+    """Return a parameter's FQN up to the first module that is a number; ``""`` where no module is one."""
+    parts = name.split(".")[:-1]
     numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[: numbers[0] + 1]) if numbers else ""
 

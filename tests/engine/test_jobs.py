@@ -129,7 +129,7 @@ def test_what_fails_in_company_alone_is_a_failure_that_says_so(tmp_path: Path) -
     ranks = Ranks(tmp_path)
     found = run(ranks, "a", "shy", "c")
     assert ranks.jobs == [["a", "shy", "c"], ["shy"], ["c"]]
-    assert "failed in ranks that had run other jobs before it, and passed in fresh ones" in found[1].failure
+    assert "failed in ranks that had run other jobs before it (a), and passed in fresh ones" in found[1].failure
     assert "shy broke" in found[1].failure
     assert not found[1].evidence
 

@@ -100,10 +100,12 @@ def test_an_interrupt_ends_every_procedure_and_its_thread() -> None:
     cleaned = []
 
     def tidies() -> list[Any]:
+        log.together.beside(asks(log, "a2", "a3"))
         try:
             return asks(log, "a1")()
         finally:
             cleaned.append("yes")
+            log.together.beside(lambda: cleaned.append("beside"))
             asks(log, "a2")()  # what is being ended cannot ask for more
 
     before = threading.active_count()
@@ -114,6 +116,7 @@ def test_an_interrupt_ends_every_procedure_and_its_thread() -> None:
     # and it can be used again
     log.fail = lambda _: None
     assert log.together.all([asks(log, "a3")])[0].value == ["A3"]
+    assert cleaned == ["yes"]
 
 
 def test_one_procedure_runs_at_a_time() -> None:

@@ -42,6 +42,7 @@ def test_a_rehearsal_leaves_nothing_of_its_groups(engine: Engine) -> None:
         "cached": 0,
         "meshes": [],
         "drawn": False,
+        "hook": True,
     }
     report.discard()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _get_python_sharding_prop_cache_info
 
-from fsdp_testkit.backends import groups
 from fsdp_testkit.backends.rehearsal import rehearse
 from fsdp_testkit.scenarios import train
 
@@ -26,14 +27,17 @@ def imports(context: Any, **args: Any) -> list[str]:
 def rehearsed(context: Any) -> dict[str, Any]:
     """Rehearse, and return what could have stayed."""
     context.observe()
-    before = torch.get_rng_state()
+    before, hook = torch.get_rng_state(), sys.excepthook
     done = rehearse()
+    gc.collect()
+    meshes = [str(item) for item in gc.get_objects() if isinstance(item, DeviceMesh)]
     return {
+        "hook": sys.excepthook is hook,
         "done": done,
         "threads": len(list(Path("/proc/self/task").iterdir())),
         "group": dist.is_initialized(),
         "cached": _get_python_sharding_prop_cache_info().currsize,
-        "meshes": [str(mesh) for mesh in groups._meshes.values()],
+        "meshes": meshes,
         "drawn": not torch.equal(before, torch.get_rng_state()),
     }
 

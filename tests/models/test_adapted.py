@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -58,8 +60,31 @@ def test_batches_of_few_words() -> None:
     assert len({frozenset(words(rank, few)) for rank in range(3) for few in range(3)}) == 9
 
 
-def test_groups_of_a_split_are_those_of_truth() -> None:
-    model = build_model(ModelSpec(model_type="gpt2"), seed=0)
+class Numbered(torch.nn.Module):
+    """Names with numbers in every place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)])
+        self.h_0 = torch.nn.Linear(2, 2)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ModuleList([torch.nn.LayerNorm(2)])) for _ in range(2)
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "groups"),
+    [
+        # what is in no block, the head and the last norm with it, and two blocks: two groups each
+        (lambda: build_model(ModelSpec(model_type="gpt2"), seed=0), 6),
+        (Numbered, 6),
+        # each layer is a block; the norm has nothing that decays
+        (lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)), 3),
+    ],
+)
+def test_groups_of_a_split_are_those_of_truth(make: Callable[[], torch.nn.Module], groups: int) -> None:
+    model = make()
+    assert len(parameter_groups(model.named_parameters(), OptimizerConfig())) == groups
     for split in (1, 3):
         config = OptimizerConfig(split=split)
         theirs, ours = parameter_groups(model.named_parameters(), config), make_optimizer(model, config).param_groups
