@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import pickle
 import warnings
 import zlib
@@ -43,11 +44,20 @@ class _Plain(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         allowed = any(module == m and (n is None or name == n) for m, n in self.ALLOWED)
         if "." in name or not (dtype or allowed):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
         return super().find_class(module, name)
+
+
+def _member(owner: Any, name: Any) -> enum.Enum:
+    """Return a member of an enum: what ``getattr`` is for in pickles of some Python releases, such as 3.11.2."""
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
+        raise pickle.UnpicklingError(f"builtins.getattr of {owner!r} and {name!r} has no place in checkpoint metadata")
+    return owner[name]
 
 
 class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's classes are untyped here
