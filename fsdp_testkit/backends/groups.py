@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -27,6 +30,24 @@ def mesh_of(layout: Layout) -> DeviceMesh:
     if key not in _meshes:
         _meshes[key] = init_device_mesh(layout.device, layout.mesh_shape, mesh_dim_names=layout.mesh_axes)
     return _meshes[key]
+
+
+@contextmanager
+def fake_group(rank: int, world_size: int) -> Iterator[None]:
+    """Be ``rank`` of a group of other processes that do not exist; nothing of it is left afterwards."""
+    # torch's own stand-in for such a group; it registers the backend called "fake"
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    hook = sys.excepthook
+    try:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        forget_groups()
+        yield
+    finally:
+        if dist.is_initialized():  # a group that did not come up may be there all the same
+            dist.destroy_process_group()
+        forget_groups()
+        sys.excepthook = hook  # a group puts its rank before what an earlier hook says, and leaves that behind
 
 
 def forget_groups() -> None:

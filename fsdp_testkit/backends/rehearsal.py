@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from fsdp_testkit.backends.groups import forget_groups, mesh_of
+from fsdp_testkit.backends.groups import fake_group, mesh_of
 from fsdp_testkit.core.layout import Layout
 
 LAYOUTS = (Layout(kind="fsdp", shard=2, comm="fake"), Layout(kind="hsdp", replicate=2, shard=2, comm="fake"))
@@ -32,21 +30,9 @@ def rehearse() -> bool:
         raise RuntimeError("this process is in a process group: a rehearsal would use it")
     if torch.accelerator.current_accelerator(check_available=False) is not None:
         return False
-    # torch's own stand-in for a group of other processes; it registers the backend called "fake"
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    hook = sys.excepthook
-    try:
-        for layout in LAYOUTS:
-            try:
-                dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
-                _train(layout)
-            finally:
-                if dist.is_initialized():  # a group that did not come up may be there all the same
-                    dist.destroy_process_group()
-                forget_groups()
-    finally:
-        sys.excepthook = hook  # each group puts its rank before what an earlier hook says, and leaves that behind
+    for layout in LAYOUTS:
+        with fake_group(0, layout.world_size):
+            _train(layout)
     return True
 
 

@@ -93,7 +93,6 @@ def buffers_dtypes(engine: Engine, work: SpecWork) -> list[Outcome]:
     case = auto_case(engine, work, "buffers_dtypes")
     half = replace(case, dtype="bfloat16", steps=0).with_options(poison="garbage")
     cases = prepare(engine, work)
-    work.prepare([cases[0], half])
     truth, truth_half = work.truth(cases[0]), work.truth(half)
     run = work.train(case)
     outcome = judged(case, run, lambda: check_buffers(run.get(), truth).add(check_dtypes(run.get(), truth)))

@@ -113,7 +113,7 @@ class Together:
         self._run = run
         self._pending: list[Request] = []
         self._tasks: list[_Task[Any]] = []
-        self._started: list[_Task[Any]] = []
+        self._ready: list[_Task[Any]] = []
 
     @property
     def inside(self) -> bool:
@@ -143,19 +143,18 @@ class Together:
         caller's. Does nothing outside a procedure, where nothing can be put together.
         """
         if self.inside and not self.local.task.abandoned:
-            self._started.append(_Task(self, function, owner=self.local.task))
+            self._begin(_Task(self, function, owner=self.local.task))
 
     def all(self, functions: Sequence[Callable[[], T]]) -> list[Ended[T]]:
         """Run the procedures to their ends."""
         tasks = [_Task(self, function) for function in functions]
-        self._tasks += tasks
-        ready: list[_Task[Any]] = list(tasks)
+        for task in tasks:
+            self._begin(task)
         try:
-            while ready:
-                for task in ready:
-                    task.go_on()
-                    ready += self._new()
-                ready = []
+            while self._ready:
+                for ready in self._ready:  # grows by what they start beside
+                    ready.go_on()
+                self._ready.clear()
                 if self._pending:
                     chosen = self._choose(self._pending)
                     self._run(chosen)
@@ -163,18 +162,17 @@ class Together:
                         self._pending.remove(request)
                         for task in request.askers:
                             task.account.seconds += request.seconds / len(request.askers)
-                            ready.append(task)
+                            self._ready.append(task)
         finally:
-            self._new()
-            for task in self._tasks:
-                if not task.done:  # interrupted: their threads must not outlive this call
-                    task.abandoned = True
-                    task.go_on()
+            for left in self._tasks:
+                if not left.done:  # interrupted: their threads must not outlive this call
+                    left.abandoned = True
+                    left.go_on()
             self._pending.clear()
             self._tasks.clear()
+            self._ready.clear()
         return [task.ended for task in tasks]
 
-    def _new(self) -> list[_Task[Any]]:
-        new, self._started = self._started, []
-        self._tasks += new
-        return new
+    def _begin(self, task: _Task[Any]) -> None:
+        self._tasks.append(task)
+        self._ready.append(task)

@@ -6,10 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-
-from fsdp_testkit.backends.groups import forget_groups
+from fsdp_testkit.backends.groups import fake_group
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.scenarios import observe
@@ -32,18 +29,13 @@ def run(context: Any, *, claims: list[list[Any]], checkpoint: str) -> dict[str, 
 def claim(context: Any, case: Case, rank: int, checkpoint: Path) -> Evidence:
     """Observe the structure that ``rank`` would have."""
     evidence = Evidence(rank=rank)
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=case.layout.world_size)
-    forget_groups()
-    try:
-        plain = replace(case, layout=replace(case.layout, comm="gloo"))
-        with armed(plain, context) as backend:
-            loaded = Loaded(plain, backend, checkpoint)
-            evidence.facts["plan"] = loaded.plan
-            evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
-            evidence.facts["buffers"] = {
-                name: observe.describe(buffer) for name, buffer in loaded.model.named_buffers(remove_duplicate=False)
-            }
-            evidence.facts["units"] = observe.observe_units(loaded.model)
-    finally:
-        dist.destroy_process_group()
+    plain = replace(case, layout=replace(case.layout, comm="gloo"))
+    with fake_group(rank, case.layout.world_size), armed(plain, context) as backend:
+        loaded = Loaded(plain, backend, checkpoint)
+        evidence.facts["plan"] = loaded.plan
+        evidence.facts["parameters"] = observe.observe_parameters(loaded.model)
+        evidence.facts["buffers"] = {
+            name: observe.describe(buffer) for name, buffer in loaded.model.named_buffers(remove_duplicate=False)
+        }
+        evidence.facts["units"] = observe.observe_units(loaded.model)
     return evidence

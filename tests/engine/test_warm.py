@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fsdp_testkit.core.case import ModelSpec
 from fsdp_testkit.engine.engine import Engine
 from fsdp_testkit.engine.tests import auto_case
-from fsdp_testkit.ranks import Harness, Job
+from fsdp_testkit.ranks import Job
 
 
-def harness_of(engine: Engine) -> Harness:
+def replies(engine: Engine, target: str, world_size: int, **fields: Any) -> list[Any]:
+    """Run a target on the engine's harness; return what each rank returned."""
     engine._start()
     assert engine._harness is not None
-    return engine._harness
+    report = engine._harness.run(Job(target=f"engine.warm_targets:{target}", world_size=world_size, **fields))
+    assert report.outcome == "passed", report.failure and report.failure.render()
+    report.discard()
+    return [reply.value for reply in report.replies]
 
 
 def test_ranks_import_nothing_while_they_train(engine: Engine) -> None:
@@ -23,19 +28,15 @@ def test_ranks_import_nothing_while_they_train(engine: Engine) -> None:
     case = auto_case(engine, work, "auto_vs_ddp")
     work.prepare([case])
     args = {"case": case.to_json(), "checkpoint": str(work.checkpoint)}
-    report = harness_of(engine).run(Job(target="engine.warm_targets:imports", args=args, world_size=2))
-    assert report.outcome == "passed", report.failure and report.failure.render()
+    late = replies(engine, "imports", 2, args=args)
     # torch's profiler asks for this one, whose import costs nothing, when a profile begins
-    late = [set(reply.value) - {"torch.profiler._cupti_monitor"} for reply in report.replies]
-    assert late == [set(), set()]
-    report.discard()
+    assert [set(names) - {"torch.profiler._cupti_monitor"} for names in late] == [set(), set()]
 
 
 def test_a_rehearsal_leaves_nothing_of_its_groups(engine: Engine) -> None:
-    report = harness_of(engine).run(Job(target="engine.warm_targets:rehearsed", comm="none", world_size=1))
-    assert report.outcome == "passed", report.failure and report.failure.render()
+    (left,) = replies(engine, "rehearsed", 1, comm="none")
     built_for_devices = torch.accelerator.current_accelerator(check_available=False) is not None
-    assert report.replies[0].value == {
+    assert left == {
         "done": not built_for_devices,
         "threads": 1,
         "group": False,
@@ -44,20 +45,14 @@ def test_a_rehearsal_leaves_nothing_of_its_groups(engine: Engine) -> None:
         "drawn": False,
         "hook": True,
     }
-    report.discard()
 
 
 def test_no_rehearsal_in_a_group(engine: Engine) -> None:
-    report = harness_of(engine).run(Job(target="engine.warm_targets:rehearsed_in_a_group", world_size=2))
-    assert report.outcome == "passed", report.failure and report.failure.render()
-    assert all("in a process group" in reply.value for reply in report.replies)
-    report.discard()
+    assert all("in a process group" in error for error in replies(engine, "rehearsed_in_a_group", 2))
 
 
 def test_where_ranks_are_forked_from_has_one_thread(engine: Engine) -> None:
     work = engine.work(ModelSpec(model_type="gpt2"))
     work.prepare([auto_case(engine, work, "auto_vs_ddp")])  # warms it
-    report = harness_of(engine).run(Job(target="engine.warm_targets:parent", comm="none", world_size=1))
-    assert report.outcome == "passed", report.failure and report.failure.render()
-    assert len(list(Path(f"/proc/{report.replies[0].value}/task").iterdir())) == 1
-    report.discard()
+    (server,) = replies(engine, "parent", 1, comm="none")
+    assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1
