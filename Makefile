@@ -1,6 +1,7 @@
 # The two commands: `make matrix` and `make test`. Both create .venv and install on first use.
 
-PYTHON ?= python3
+# the interpreter of a new environment; where none is named, the fastest build of python3 on this machine
+PYTHON ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Another torch build, for example CPU wheels from PyTorch's own index:
@@ -43,7 +44,7 @@ install: $(VENV)/.installed
 
 # torch first and alone: a later resolution must not swap the chosen build for another
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(or $(PYTHON),$$(sh requirements/choose_python.sh)) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) $(TORCH_ARGS) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	touch $@

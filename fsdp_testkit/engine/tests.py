@@ -319,6 +319,7 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
     outcome = judged(case, run, lambda: judge_training(run.get(), ddp, truth, case))
 
     def exact_verdict(exact: Case) -> Verdict | None:
+        work.expect_ddp(exact)
         again = work.train(exact)
         return None if again.failure else judge_training(again.get(), work.ddp(exact), work.truth(exact), exact)
 

@@ -275,7 +275,12 @@ def waits_for_rank0() -> bool:
 
 
 def written_arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments that an operator changes in place; some (foreach) do not return them."""
+    """Return the arguments that an operator changes in place; some (foreach) do not return them.
+
+    Of a Python function, which has no schema, that is for its result to tell.
+    """
+    if not isinstance(function, torch._ops.OpOverload):
+        return []
     written = _written_names(function)
     return [
         kwargs[name] if name in kwargs else args[index]

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fsdp_testkit.reference.adapter import (
@@ -24,24 +26,27 @@ META = torch.device("meta")
 LITERALS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 
 
-@dataclass(slots=True)
+@dataclass
 class _Call:
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
 
-    @property
-    def inputs(self) -> list[torch.Tensor]:
-        return tensors_in((self.args, self.kwargs))
+    @cached_property
+    def read(self) -> frozenset[int]:
+        """Identities of the storages on meta that go in."""
+        return _storages(tensors_in((self.args, self.kwargs)))
 
     @property
     def outputs(self) -> list[torch.Tensor]:
         return tensors_in(self.result)
 
-    @property
-    def written(self) -> list[torch.Tensor]:
-        return [*self.outputs, *tensors_in(written_arguments(self.function, self.args, self.kwargs))]
+    @cached_property
+    def written(self) -> frozenset[int]:
+        """Identities of the storages on meta that it made or wrote into."""
+        changed = written_arguments(self.function, self.args, self.kwargs)
+        return _storages([*self.outputs, *tensors_in(changed)])
 
 
 class Recorder:
@@ -53,7 +58,7 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Create tensors on meta and note every operation on them."""
-        with torch.device("meta"), _Mode(self), _Literals():
+        with torch.device("meta"), _Mode(self), _Functions(self):
             yield
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -78,9 +83,9 @@ class Recorder:
         history: list[_Call] = []
         for call in reversed(self._calls):
             # an operation matters when it made, or wrote into, a storage that matters
-            if not needed.isdisjoint(_storage(output) for output in call.written if output.is_meta):
+            if not needed.isdisjoint(call.written):
                 history.append(call)
-                needed.update(_storage(tensor) for tensor in call.inputs if tensor.is_meta)
+                needed.update(call.read)
         real: dict[int, torch.Tensor] = {}
         for call in reversed(history):
             self._replay(call, real)
@@ -99,13 +104,27 @@ class Recorder:
                 real[_storage(output)] = _laid_out(made, output)
 
 
-class _Literals(TorchFunctionMode):  # type: ignore[misc]  # torch's classes are untyped here
-    """Makes ``torch.tensor(data)`` a real tensor first: straight to meta, its data would pass no recorded operation."""
+class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch's classes are untyped here
+    """What has to be seen before it becomes operations.
+
+    ``torch.tensor(data)`` is made a real tensor first: straight to meta, its data would pass no recorded operation.
+    Functions of ``torch.nn.init`` are noted as they are and not run, since on meta they change nothing: a constructor
+    calls one or two for each layer, and their operations are a third of its time.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(function, "__module__", "") == nn.init.__name__:
+            filled = args[0] if args else kwargs.get("tensor")
+            if isinstance(filled, torch.Tensor) and filled.is_meta:
+                self.recorder.note(function, args, kwargs, filled)
+                return filled
         device = kwargs.get("device")
         if function not in LITERALS or (device is not None and torch.device(device) != META):
             return function(*args, **kwargs)
@@ -142,13 +161,17 @@ class _Mode(TorchDispatchMode):  # type: ignore[misc]  # torch's classes are unt
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return the tensors in nested tuples, lists and dicts; operators take and return nothing else."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [tensor for item in value for tensor in tensors_in(item)]
+    found: list[torch.Tensor] = []
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, dict):
+            left.extend(reversed(item.values()))
+        elif isinstance(item, list | tuple):
+            left.extend(reversed(item))
+    return found
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -167,6 +190,10 @@ def _laid_out(made: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
     base = made.new_empty(recorded.untyped_storage().nbytes() // recorded.element_size())
     base.as_strided(recorded.size(), recorded.stride(), recorded.storage_offset()).copy_(made)
     return base
+
+
+def _storages(tensors: list[torch.Tensor]) -> frozenset[int]:
+    return frozenset(_storage(tensor) for tensor in tensors if tensor.is_meta)
 
 
 def _storage(tensor: torch.Tensor) -> int:

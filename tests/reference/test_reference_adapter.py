@@ -138,6 +138,30 @@ def test_recorder_replays_what_a_constructor_did() -> None:
         assert value.device.type == "cpu", name
 
 
+def test_a_recorded_initialisation_is_run_for_values_alone() -> None:
+    def make() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        layer = nn.Linear(3, 5)
+        table = nn.Embedding(4, 2)
+        by_name = torch.empty(3)
+        nn.init.constant_(tensor=by_name, val=2.0)
+        later = layer.weight.detach() * 2
+        nn.init.zeros_(layer.bias)
+        return {"weight": layer.weight, "table": table.weight, "by name": by_name, "later": later, "bias": layer.bias}
+
+    recorder = Recorder()
+    with recorder.recording():
+        recorded = make()
+    expected = make()
+    for name in ("weight", "by name", "later", "bias"):
+        torch.manual_seed(3)
+        assert torch.equal(recorder.compute(recorded[name]), expected[name]), name
+    # its draws come after the layer's in the constructor, and alone in a replay: another value of the same kind
+    value = recorder.compute(recorded["table"])
+    assert value.isfinite().all()
+    assert 0.1 < float(value.detach().std()) < 4
+
+
 def test_forget_meshes(claim: Any) -> None:
     for rank in (0, 1):
         mesh = claim(rank, 2)
