@@ -31,7 +31,7 @@ help:
 	@echo "make matrix-all   every model type of the catalogue (TIER=extended for the extended tests too)"
 	@echo "make test         the kit's own tests"
 	@echo "make lint         ruff, mypy --strict, schema of the workflows"
-	@echo "make museum       every publicly reported bug: caught and named; prints the score"
+	@echo "make museum       every publicly reported bug: caught and named; prints the score, writes docs/museum.md"
 	@echo "make soak         ten thousand small jobs: nothing may grow (SOAK_JOBS=1000 for fewer)"
 	@echo "make ten-times    the headline matrix ten times with ten seeds: nothing may flake (RUNS=3 for fewer)"
 	@echo "make false-alarms every model with ten seeds, the extended tier on the headline models (RUNS=3 for fewer)"
@@ -70,8 +70,8 @@ soak: install
 	$(BIN)/python tests/ranks/soak.py $(SOAK_JOBS)
 
 museum: install
-	mkdir -p reports
-	$(BIN)/python -m fsdp_testkit museum --run --jobs $(TEST_WORKERS) --json reports/museum.json
+	$(BIN)/python -m fsdp_testkit museum --run --jobs $(TEST_WORKERS) --json docs/museum.json
+	$(BIN)/python -m fsdp_testkit.faults.museum_page
 
 ten-times: install
 	$(BIN)/python tests/ranks/ten_times.py --runs $(RUNS) --workers $(WORKERS)

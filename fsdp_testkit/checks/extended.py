@@ -25,6 +25,13 @@ def check_reductions(last: list[Evidence], each: list[Evidence], micro_batches: 
     for once, often in zip(last, each, strict=True):
         few, many = reductions(once), reductions(often)
         verdict.expect(
+            few > 0,
+            check="reductions",
+            rank=once.rank,
+            message=f"no reduce-scatter was seen in {micro_batches} micro-batches of training",
+            expected="one for each unit that is trained, in each step",
+        )
+        verdict.expect(
             many == few * micro_batches,
             check="reductions",
             rank=once.rank,

@@ -22,7 +22,7 @@ class Finding:
         max_rel_error: the same over the largest expected magnitude of that tensor.
         tolerance: the relative bound that was applied.
         judged_by: the oracle: ``truth``, ``ddp``, ``rules``, ``file``, ``uninterrupted``...
-        nature: ``logic``, ``rounding``, or ``""`` where no fp64 run decided it.
+        nature: ``logic``, ``rounding``, ``undecided`` where the model does not run in fp64, or ``""``.
         detail: plain facts that tell causes apart, such as the ratio to the expected values; see
             `fsdp_testkit.checks.signature`.
     """

@@ -60,7 +60,9 @@ def diagnose(
         hints: what other checks found over the same evidence.
         report: the account of a job that failed.
     """
-    view = View((*findings, *hints), run or RunFacts(), report)
+    # what the kit itself got wrong says nothing of the run
+    judged = [finding for finding in (*findings, *hints) if finding.judged_by != "kit"]
+    view = View(tuple(judged), run or RunFacts(), report)
     found: dict[str, Diagnosis] = {}
     for rule in sorted(RULES, key=lambda rule: rule.place):
         if rule.cause not in found and (picked := pick(rule, view)):

@@ -39,7 +39,7 @@ RULES: tuple[Rule, ...] = (
     ),
     rule(20, "key missing or extra in a file", "files", "{message}", without="dtype"),
     rule(22, "trained set changed", "structure, dtypes", "{message}, on {ranks}", words="requires_grad="),
-    rule(23, "trained set changed", "buffers", "{message}, on {ranks}: a parameter, or gone", words="names changed"),
+    rule(23, "trained set changed", "buffers", "{message}, on {ranks}", words="names changed"),
     rule(24, "wrong dtype", "dtypes, buffers", "{names}: {actual} instead of {expected} on {ranks}", marks="dtype"),
     rule(24, "wrong dtype", "precision", "{message}, on {ranks}"),
     rule(25, "wrong dtype", "files", "{names}: stored as {actual} instead of {expected}", marks="dtype"),
@@ -115,8 +115,8 @@ RULES: tuple[Rule, ...] = (
         signs="as first",
     ),
     rule(
-        46, "never reduced", "gradients", "gradients of {names} on {ranks} equal that rank's own gradient ({parts} of "
-        "the right shares of the ranks)",
+        46, "never reduced", "gradients", "gradients of {names} on {ranks} are made of that rank's own data alone "
+        "({parts} of the right shares of the ranks)",
         marks="own data", at_first=True,
     ),
     rule(
@@ -145,13 +145,18 @@ RULES: tuple[Rule, ...] = (
         marks="multiple, tokens", at_first=True,
     ),
     rule(
+        51, "wrong normaliser", "gradients", "gradients of {names} on {ranks} are {factor} x the expected in step "
+        "{step}, just one over the number of tokens: means were divided once more",
+        marks="multiple, per token", at_first=True,
+    ),
+    rule(
         52, "wrong normaliser", "gradients", "gradients of {names} on {ranks} weigh the ranks' and micro-batches' "
         "data by {parts} of the right shares in step {step}",
         marks="uneven", at_first=True,
     ),
     rule(
         53, "wrong factor", "gradients", "gradients of {names} on {ranks} are {factor} x the expected from step {step}",
-        marks="multiple", without="tokens, unclipped", at_first=True,
+        marks="multiple", without="tokens, per token, unclipped", at_first=True,
     ),
     rule(
         54, "gradient part lost", "gradients", "{names} on {ranks}: no gradient, from step {step} on",
@@ -241,10 +246,7 @@ RULES: tuple[Rule, ...] = (
     rule(75, "rank stuck", "ranks", "{failure}", words="no reply|waits in"),
     rule(76, "rank died", "ranks", "{failure}"),
     # switches, and what is right and costs too much
-    rule(
-        78, "switch without effect", "reductions", "{message}, on {ranks}: switching the reduction off changes nothing",
-    ),
-    rule(78, "switch without effect", "recomputation, guard", "{message}, on {ranks}"),
+    rule(78, "switch without effect", "reductions, recomputation, guard", "{message}, on {ranks}"),
     rule(79, "switch without effect", "meta_init", "{message}, on {ranks}", words="was not set during the load"),
     rule(
         80, "switch without effect", "meta_init", "{message}: what loading the whole model takes, on {ranks}",

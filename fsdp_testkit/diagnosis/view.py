@@ -13,6 +13,8 @@ from fsdp_testkit.diagnosis.seen import RunFacts
 NUMERIC = ("losses", "gradients", "gradient_norm", "weights", "gathered_weights", "optimizer")
 #: A part of a gradient counts as missing below, and as there above, these multiples of its right share.
 ABSENT, PRESENT = 0.02, 0.2
+#: A factor below this is none: the gradient is zero.
+NOTHING = 1e-9
 #: Parts of a gradient are a multiple of the right ones where they agree within this share.
 EVEN = 0.01
 #: What is left of a gradient beside the ranks' own ones, where it is made of them: far above fp32's rounding.
@@ -97,13 +99,13 @@ def factor(finding: Finding) -> float | None:
     """Return the constant by which a gradient is off, ``None`` where it is no multiple of the right one."""
     parts = _parts(finding)
     if parts:
+        # however small, since a gradient that is divided once more by a number of tokens is
         middle = sum(parts) / len(parts)
-        return (
-            middle if abs(middle) > ABSENT and all(abs(part - middle) < EVEN * abs(middle) for part in parts) else None
-        )
+        even = abs(middle) > NOTHING and all(abs(part - middle) < EVEN * abs(middle) for part in parts)
+        return middle if even else None
     if finding.detail.get("parts") is None and finding.detail.get("rest", 1.0) < REST:
         ratio: float = finding.detail["ratio"]
-        return ratio if abs(ratio) > ABSENT else None
+        return ratio if abs(ratio) > NOTHING else None
     return None
 
 
@@ -118,15 +120,23 @@ def _uneven(finding: Finding, _: View) -> bool:
     return clear and bool(parts) and factor(finding) is None and all(part > PRESENT / 10 for part in parts)
 
 
-def _tokens(finding: Finding, view: View) -> bool:
-    """Whether the factor is a number of tokens of the step: of a micro-batch, of a rank or of all, or its inverse."""
-    found = factor(finding)
+def _counts(finding: Finding, view: View) -> tuple[float, ...]:
+    """Return the numbers of tokens of the step: of a micro-batch, a rank and all; empty if it has no such mean."""
     mean = view.run.tokens.get(-1 if finding.step is None else finding.step)
-    if not found or not mean or finding.step not in view.run.token_mean:
-        return False
+    if not mean or finding.step not in view.run.token_mean:
+        return ()
     micro = max(1, len(_parts(finding)) // view.run.world)
-    counts = (mean, mean * micro, mean * micro * view.run.world)
-    return any(abs(found * scale - 1) < 2 * EVEN for count in counts for scale in (count, 1 / count))
+    return mean, mean * micro, mean * micro * view.run.world
+
+
+def _tokens(finding: Finding, view: View) -> bool:
+    found = factor(finding)
+    return found is not None and any(abs(found / count - 1) < 2 * EVEN for count in _counts(finding, view))
+
+
+def _per_token(finding: Finding, view: View) -> bool:
+    found = factor(finding)
+    return found is not None and any(abs(found * count - 1) < 2 * EVEN for count in _counts(finding, view))
 
 
 def _as_unclipped(finding: Finding, view: View) -> bool:
@@ -184,7 +194,8 @@ MARKS: dict[str, Mark] = {
     "micro-batch missing": Mark("the gradient lacks a micro-batch", _micro_missing),
     "multiple": Mark("each rank's and micro-batch's share is off by the same factor", _multiple),
     "uneven": Mark("ranks or micro-batches have other shares than they should, each a different one", _uneven),
-    "tokens": Mark("the factor is a number of tokens of that step", _tokens),
+    "tokens": Mark("the factor is a number of tokens of that step: of a micro-batch, a rank or all", _tokens),
+    "per token": Mark("the factor is one over a number of tokens of that step", _per_token),
     "unclipped": Mark("the factor is the norm over its bound: as if nothing were clipped", _as_unclipped),
     "another's": Mark("the gradient is the right one of another parameter", lambda f, _: "is_other" in f.detail),
     "mixture": Mark(

@@ -237,11 +237,9 @@ def trained(work: SpecWork, case: Case, target: str = "extended:run") -> Outcome
     # routing is the core tier's business: a few steps need not reach all experts
     outcome = judged(case, run, lambda: judge_training(run.get(), ddp, truth, case, routed=False))
 
-    def exact_verdict(exact: Case) -> Verdict | None:
+    def exact_verdict(exact: Case) -> Verdict | str:
         again = watched(work, exact, target)
-        if again.failure:
-            return None
-        return judge_training(again.get(), work.ddp(exact), work.truth(exact), exact, routed=False)
+        return again.failure or judge_training(again.get(), work.ddp(exact), work.truth(exact), exact, routed=False)
 
     settle(outcome, work, case, exact_verdict)
     look_closer(outcome, work, case, run.get(), truth)

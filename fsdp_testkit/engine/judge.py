@@ -80,7 +80,7 @@ def needs_fp64(verdict: Verdict, case: Case) -> bool:
 
 
 def amplified(verdict: Verdict, found: Spread) -> list[Finding]:
-    """Take findings of rounding out of ``verdict`` that the model amplifies by itself; return them.
+    """Take findings that are or may be rounding out of ``verdict`` where the model amplifies it itself; return them.
 
     Args:
         found: how far truth's own numbers move when its weights do by a unit in the last place.
@@ -88,7 +88,7 @@ def amplified(verdict: Verdict, found: Spread) -> list[Finding]:
     kept: list[Finding] = []
     harmless: list[Finding] = []
     for finding in verdict.findings:
-        if finding.nature != "rounding" or finding.max_rel_error is None:
+        if finding.nature not in ("rounding", "undecided") or finding.max_rel_error is None:
             kept.append(finding)
             continue
         known = found.get((base(finding), finding.parameter), 0.0)
@@ -119,6 +119,18 @@ def decide_rounding(verdict: Verdict, exact: Verdict, case: Case) -> list[Findin
         (harmless if not same and small else kept).append(marked)
     verdict.findings = kept
     return harmless
+
+
+def leave_undecided(verdict: Verdict, case: Case) -> None:
+    """Mark numeric findings that rounding may explain as ``undecided``, for a model that does not run in fp64."""
+    verdict.findings = [
+        replace(finding, nature="undecided")
+        if base(finding) in NUMERIC
+        and finding.max_rel_error is not None
+        and finding.max_rel_error <= ROUNDING_CAP[case.dtype]
+        else finding
+        for finding in verdict.findings
+    ]
 
 
 def base(finding: Finding) -> str:

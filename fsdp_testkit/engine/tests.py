@@ -30,9 +30,9 @@ from fsdp_testkit.core.evidence import Evidence, TensorData
 from fsdp_testkit.core.finding import Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.explain import look_closer
-from fsdp_testkit.engine.judge import amplified, decide_rounding, judge_training, needs_fp64
+from fsdp_testkit.engine.judge import amplified, decide_rounding, judge_training, leave_undecided, needs_fp64
 from fsdp_testkit.engine.outcome import Outcome, judged
-from fsdp_testkit.engine.work import Run, SpecWork
+from fsdp_testkit.engine.work import OracleFailedError, Run, SpecWork
 from fsdp_testkit.models.expectations import UNREPEATABLE_DROPOUT
 
 if TYPE_CHECKING:
@@ -233,9 +233,9 @@ def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
     # the uninterrupted run is only worth resuming if it is right: each rank's own dropout masks included
     outcome.verdict.add(check_training(whole.get(), truth, case, "truth"))
 
-    def exact_verdict(exact: Case) -> Verdict | None:
+    def exact_verdict(exact: Case) -> Verdict | str:
         run = work.train(replace(exact, scenario="train"))
-        return None if run.failure else check_training(run.get(), work.truth(exact), exact, "truth")
+        return run.failure or check_training(run.get(), work.truth(exact), exact, "truth")
 
     settle(outcome, work, case, exact_verdict)
     look_closer(outcome, work, case, whole.get(), truth)
@@ -318,28 +318,36 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
     truth, ddp = work.truth(case), work.ddp(case)
     outcome = judged(case, run, lambda: judge_training(run.get(), ddp, truth, case))
 
-    def exact_verdict(exact: Case) -> Verdict | None:
+    def exact_verdict(exact: Case) -> Verdict | str:
         work.expect_ddp(exact)
         again = work.train(exact)
-        return None if again.failure else judge_training(again.get(), work.ddp(exact), work.truth(exact), exact)
+        return again.failure or judge_training(again.get(), work.ddp(exact), work.truth(exact), exact)
 
     settle(outcome, work, case, exact_verdict)
     look_closer(outcome, work, case, run.get(), truth)
     return [outcome]
 
 
-def settle(outcome: Outcome, work: SpecWork, case: Case, exact_verdict: Callable[[Case], Verdict | None]) -> None:
+def settle(outcome: Outcome, work: SpecWork, case: Case, exact_verdict: Callable[[Case], Verdict | str]) -> None:
     """Where a number is in doubt, judge the case once more in fp64 and say whether it was rounding or logic.
 
-    Rounding that is larger than the arithmetic explains is held against what rounding does to truth itself.
+    Rounding that is larger than the arithmetic explains, and what fp64 cannot decide since the model does not run in it
+    (it casts to fp32 by itself), is held against what rounding does to truth itself. ``exact_verdict`` returns the
+    verdict, or why there is none.
     """
     if not needs_fp64(outcome.verdict, case):
         return
-    verdict = exact_verdict(replace(case, dtype="float64"))
-    if verdict is None:
-        return
-    harmless = decide_rounding(outcome.verdict, verdict, case)
-    if any(finding.nature == "rounding" for finding in outcome.verdict.findings):
+    try:
+        found = exact_verdict(replace(case, dtype="float64"))
+    except OracleFailedError as error:
+        found = str(error).partition("\n")[0]
+    harmless = []
+    if isinstance(found, str):
+        outcome.extra["no_fp64"] = found
+        leave_undecided(outcome.verdict, case)
+    else:
+        harmless = decide_rounding(outcome.verdict, found, case)
+    if any(finding.nature in ("rounding", "undecided") for finding in outcome.verdict.findings):
         nudged = [case.with_options(nudge=number + 1) for number in range(NUDGES)]
         work.prepare(nudged)
         harmless += amplified(outcome.verdict, spread(work.truth(case), [work.truth(other) for other in nudged]))

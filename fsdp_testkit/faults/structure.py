@@ -18,6 +18,7 @@ class BlockNotWrapped(Sharding):
     thread = "https://github.com/huggingface/transformers/pull/44083"
     test = "sharding_structure"
     checks = ("structure",)
+    causes = ("not wrapped",)
 
     def shard(self, original: Any, module: Any, **arguments: Any) -> Any:
         """Skip the first block of each load."""

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor
@@ -34,6 +35,7 @@ from transformers.distributed import is_fsdp_enabled
 from transformers.dynamic_module_utils import custom_object_save
 
 __all__ = [
+    "StorageInfo",
     "TorchDispatchMode",
     "TwinGroups",
     "apply_renamings",
@@ -77,11 +79,14 @@ def forget_meshes() -> None:
         clear_redistribute_planner_cache()
         _gen_transform_infos.cache_clear()
         MeshTopoInfo.build_from_mesh.cache_clear()
+        _twins.clear()
         _world = None if world is None else weakref.ref(world)
 
 
-#: The process group that DTensor's memory is about.
+#: The process group that DTensor's memory, and `_twins`, are about.
 _world: weakref.ref[Any] | None = None
+#: (ranks, number) -> group: a group's threads and sockets stay until the end, so that one for each load would add up.
+_twins: dict[tuple[tuple[int, ...], int], Any] = {}
 
 
 class TwinGroups:
@@ -98,7 +103,8 @@ class TwinGroups:
     def placements(self, modules: Iterable[str], model: nn.Module) -> Callable[[nn.Parameter], Any] | None:
         """Return the ``shard_placement_fn`` of the next unit; ``None`` where it has one dtype. Children come first.
 
-        Makes process groups where it is not ``None``; all ranks of the mesh have to call it alike.
+        Makes process groups where it is not ``None`` and they were not made for an earlier model; all ranks of the
+        mesh have to call it alike.
         """
         # units inside hold sharded parameters already
         own = {p for name in modules for p in model.get_submodule(name).parameters() if not isinstance(p, DTensor)}
@@ -120,7 +126,10 @@ class TwinGroups:
         else:
             info = HSDPMeshInfo(self.mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
         ranks = dist.get_process_group_ranks(info.shard_process_group)
-        info.shard_process_group = dist.new_group(ranks, use_local_synchronization=True)
+        known = (tuple(ranks), len(self.infos))
+        if known not in _twins:
+            _twins[known] = dist.new_group(ranks, use_local_synchronization=True)
+        info.shard_process_group = _twins[known]
         return info
 
 

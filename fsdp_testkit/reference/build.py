@@ -26,8 +26,31 @@ META = torch.device("meta")
 LITERALS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 
 
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Where a tensor on meta lay when a call was noted: ``x.data = y`` or ``x.t_()`` may move it later."""
+
+    storage: Any
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Window:
+        return cls(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride(), tensor.dtype)
+
+    @property
+    def identity(self) -> int:
+        """Number of the storage; held here, so that it stays its own."""
+        identity: int = self.storage._cdata
+        return identity
+
+
 @dataclass
 class _Call:
+    """An operation; in place of tensors on meta stand windows."""
+
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -36,17 +59,12 @@ class _Call:
     @cached_property
     def read(self) -> frozenset[int]:
         """Identities of the storages on meta that go in."""
-        return _storages(tensors_in((self.args, self.kwargs)))
-
-    @property
-    def outputs(self) -> list[torch.Tensor]:
-        return tensors_in(self.result)
+        return _identities((self.args, self.kwargs))
 
     @cached_property
     def written(self) -> frozenset[int]:
         """Identities of the storages on meta that it made or wrote into."""
-        changed = written_arguments(self.function, self.args, self.kwargs)
-        return _storages([*self.outputs, *tensors_in(changed)])
+        return _identities((self.result, written_arguments(self.function, self.args, self.kwargs)))
 
 
 class Recorder:
@@ -62,11 +80,12 @@ class Recorder:
             yield
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Add one call to the record. Tensors are held, so that their storages' identities stay theirs."""
-        if any(not tensor.is_meta for tensor in tensors_in((args, kwargs))):
-            # a real tensor may be written later in the constructor; what counts is its value now
-            args, kwargs = mapped((args, kwargs), _freeze)
-        self._calls.append(_Call(function, args, kwargs, result))
+        """Add one call to the record; ``args`` and ``kwargs`` as `before` gave them."""
+        self._calls.append(_Call(function, args, kwargs, mapped(result, _windowed)))
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what to note of arguments: a call may move them, and a real tensor may be written later."""
+        return mapped(args, _windowed), mapped(kwargs, _windowed)
 
     def compute(self, tensor: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the value that ``tensor`` (on meta) would have, by running its history on the CPU.
@@ -79,7 +98,8 @@ class Recorder:
         """
         if not tensor.is_meta:  # made from data that has a device of its own
             return tensor.detach().clone().to(device)
-        needed = {_storage(tensor)}
+        window = _Window.of(tensor)
+        needed = {window.identity}
         history: list[_Call] = []
         for call in reversed(self._calls):
             # an operation matters when it made, or wrote into, a storage that matters
@@ -89,19 +109,19 @@ class Recorder:
         real: dict[int, torch.Tensor] = {}
         for call in reversed(history):
             self._replay(call, real)
-        return _view(tensor, real).clone(memory_format=torch.preserve_format).to(device)
+        return _view(window, real).clone(memory_format=torch.preserve_format).to(device)
 
     def _replay(self, call: _Call, real: dict[int, torch.Tensor]) -> None:
         def value(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor) and leaf.is_meta:
+            if isinstance(leaf, _Window):
                 return _view(leaf, real)
             return torch.device("cpu") if isinstance(leaf, torch.device) and leaf == META else leaf
 
         result = call.function(*mapped(call.args, value), **mapped(call.kwargs, value))
-        produced = tensors_in(result)
-        for output, made in zip(call.outputs, produced, strict=True):
-            if output.is_meta and _storage(output) not in real:
-                real[_storage(output)] = _laid_out(made, output)
+        produced = leaves(result, torch.Tensor)
+        for output, made in zip(leaves(call.result, _Window | torch.Tensor), produced, strict=True):
+            if isinstance(output, _Window) and output.identity not in real:
+                real[output.identity] = _laid_out(made, output)
 
 
 class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch's classes are untyped here
@@ -123,7 +143,7 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch's classes ar
         if getattr(function, "__module__", "") == nn.init.__name__:
             filled = args[0] if args else kwargs.get("tensor")
             if isinstance(filled, torch.Tensor) and filled.is_meta:
-                self.recorder.note(function, args, kwargs, filled)
+                self.recorder.note(function, *self.recorder.before(args, kwargs), filled)
                 return filled
         device = kwargs.get("device")
         if function not in LITERALS or (device is not None and torch.device(device) != META):
@@ -147,25 +167,26 @@ class _Mode(TorchDispatchMode):  # type: ignore[misc]  # torch's classes are unt
         leaves_meta = function is torch.ops.aten._local_scalar_dense.default or any(
             isinstance(leaf, torch.device) and leaf != META for leaf in (*args, *kwargs.values())
         )
-        if leaves_meta and any(tensor.is_meta for tensor in tensors_in((args, kwargs))):
+        if leaves_meta and any(tensor.is_meta for tensor in leaves((args, kwargs), torch.Tensor)):
             # the constructor asks for a value (`.item()`, `.to("cpu")`): give it the real one
             args, kwargs = mapped((args, kwargs), self.real_value)
             return function(*args, **kwargs)
+        noted = self.recorder.before(args, kwargs)
         result = function(*args, **kwargs)
-        self.recorder.note(function, args, kwargs, result)
+        self.recorder.note(function, *noted, result)
         return result
 
     def real_value(self, leaf: Any) -> Any:
         return self.recorder.compute(leaf) if isinstance(leaf, torch.Tensor) and leaf.is_meta else leaf
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Return the tensors in nested tuples, lists and dicts; operators take and return nothing else."""
-    found: list[torch.Tensor] = []
+def leaves(value: Any, kind: Any) -> list[Any]:
+    """Return what is of a kind in nested tuples, lists and dicts; operators take and return nothing else."""
+    found: list[Any] = []
     left = [value]
     while left:
         item = left.pop()
-        if isinstance(item, torch.Tensor):
+        if isinstance(item, kind):
             found.append(item)
         elif isinstance(item, dict):
             left.extend(reversed(item.values()))
@@ -183,33 +204,30 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def _laid_out(made: torch.Tensor, recorded: torch.Tensor) -> torch.Tensor:
+def _laid_out(made: torch.Tensor, recorded: _Window) -> torch.Tensor:
     """Return ``made`` on a storage that views recorded on meta fit."""
-    if made.stride() == recorded.stride() and made.storage_offset() == recorded.storage_offset():
+    if made.stride() == recorded.stride and made.storage_offset() == recorded.offset:
         return made
-    base = made.new_empty(recorded.untyped_storage().nbytes() // recorded.element_size())
-    base.as_strided(recorded.size(), recorded.stride(), recorded.storage_offset()).copy_(made)
+    base = made.new_empty(recorded.storage.nbytes() // recorded.dtype.itemsize)
+    base.as_strided(recorded.size, recorded.stride, recorded.offset).copy_(made)
     return base
 
 
-def _storages(tensors: list[torch.Tensor]) -> frozenset[int]:
-    return frozenset(_storage(tensor) for tensor in tensors if tensor.is_meta)
+def _identities(value: Any) -> frozenset[int]:
+    return frozenset(window.identity for window in leaves(value, _Window))
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    identity: int = tensor.untyped_storage()._cdata
-    return identity
+def _windowed(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    # of a real tensor, which may be written later in the constructor, its value now counts
+    return _Window.of(leaf) if leaf.is_meta else leaf.detach().clone()
 
 
-def _freeze(leaf: Any) -> Any:
-    return leaf if not isinstance(leaf, torch.Tensor) or leaf.is_meta else leaf.detach().clone()
-
-
-def _view(tensor: torch.Tensor, real: dict[int, torch.Tensor]) -> torch.Tensor:
+def _view(window: _Window, real: dict[int, torch.Tensor]) -> torch.Tensor:
     """Return the real counterpart of a meta tensor: the same window on the real storage."""
-    if _storage(tensor) not in real:
+    if window.identity not in real:
         raise LookupError("this tensor was not created while recording")
-    base = real[_storage(tensor)]
-    window = torch.empty(0, dtype=tensor.dtype)
-    window.set_(base.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-    return window
+    made = torch.empty(0, dtype=window.dtype)
+    made.set_(real[window.identity].untyped_storage(), window.offset, window.size, window.stride)
+    return made

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fsdp_testkit.reference import adapter, dcp, routes, units
 from fsdp_testkit.reference.build import Recorder
 from fsdp_testkit.reference.errors import LoadError
+from fsdp_testkit.reference.grouping import Unit
 from fsdp_testkit.reference.origin import Origin, told
 from fsdp_testkit.reference.places import Places
 from fsdp_testkit.reference.plan import Plan
@@ -89,22 +90,26 @@ def load_sharded(
         with ranks.phase() as vote:
             origin = heard or Origin.open(folder)
             vote.same = origin.digest
-            made = _build(origin, mesh, plan, dtype, model_class, target)
+            drawn = _draw(origin, plan, dtype, model_class)
+        # only when all ranks have come so far: sharding may make process groups, which waits for every rank
+        with ranks.phase():
+            made = _shard(drawn, mesh, target)
         bar = Progress(made.nbytes(), shown=progress and ranks.rank == int(mesh.mesh.flatten()[0]))
         try:
             _fill(made, origin, ranks, route, Filler(made.places, ranks, route, bar, zero_copy=zero_copy))
         finally:
             bar.close()
-    return made.model
+    return made.drawn.model
 
 
-@dataclass(slots=True)
-class _Made:
-    """A sharded model on meta, and what is known of its tensors.
+@dataclass(slots=True, kw_only=True)
+class _Drawn:
+    """A model on meta, and what is known of its tensors.
 
     Attributes:
         loaded: names of the tensors that the checkpoint gives.
         spare: the others, on meta, whose values `recorder` can compute.
+        cut: the units that it is to be sharded by.
     """
 
     model: Any
@@ -112,15 +117,23 @@ class _Made:
     loaded: set[str]
     spare: dict[str, torch.Tensor]
     recorder: Recorder
+    cut: list[Unit]
+
+
+@dataclass(slots=True)
+class _Made:
+    """A drawn model that is sharded, and the memory it is going to have."""
+
+    drawn: _Drawn
     places: Places
 
     def nbytes(self) -> int:
         """Return the bytes that this rank is going to hold of the checkpoint."""
-        return sum(self.places.nbytes(name) for name in self.loaded)
+        return sum(self.places.nbytes(name) for name in self.drawn.loaded)
 
 
-def _build(origin: Origin, mesh: Any, plan: Plan, dtype: Any, model_class: Any, device: torch.device) -> _Made:
-    """Build, compare and shard the model on meta; no memory is taken."""
+def _draw(origin: Origin, plan: Plan, dtype: Any, model_class: Any) -> _Drawn:
+    """Build the model on meta and compare it with the checkpoint; no memory is taken, no other rank waited for."""
     config, model_class = _config(origin.small, origin.folder, model_class)
     dtype = _dtype(config, dtype)
     recorder = Recorder()
@@ -133,29 +146,35 @@ def _build(origin: Origin, mesh: Any, plan: Plan, dtype: Any, model_class: Any, 
     _drop_memory(model, loaded)
     cut = units.resolve(plan, model)
     spare = _record_inits(model, recorder, loaded)
+    return _Drawn(model=model, weights=weights, loaded=loaded, spare=spare, recorder=recorder, cut=cut)
+
+
+def _shard(drawn: _Drawn, mesh: Any, device: torch.device) -> _Made:
+    """Shard the model on meta. Every rank of the mesh has to call it."""
     adapter.forget_meshes()
-    units.apply(cut, model, mesh)
-    return _Made(model, weights, loaded, spare, recorder, Places(model, cut, mesh, device))
+    units.apply(drawn.cut, drawn.model, mesh)
+    return _Made(drawn, Places(drawn.model, drawn.cut, mesh, device))
 
 
 def _fill(made: _Made, origin: Origin, ranks: Ranks, route: routes.Route, filler: Filler) -> None:
     """Give the model its memory and values."""
-    items = origin.items(made.weights, made.model, made.places, route)
+    drawn = made.drawn
+    items = origin.items(drawn.weights, drawn.model, made.places, route)
     # torch's reader takes a DCP folder's tensors all at once, each rank its own slices
     at_once = origin.saved if isinstance(origin.saved, dcp.DcpCheckpoint) and not route.whole else None
     if not route.quiet:
         with ranks.phase():
             if at_once is not None and route.reads:
-                at_once.read(made.places.allocate(made.loaded))
+                at_once.read(made.places.allocate(drawn.loaded))
         filler.fill(items)
     with ranks.phase():
         if route.quiet and at_once is not None:
-            at_once.read(made.places.allocate(made.loaded))
+            at_once.read(made.places.allocate(drawn.loaded))
         elif route.quiet:
             filler.fill(items)
-        made.places.fill_spare(made.spare, made.recorder)
+        made.places.fill_spare(drawn.spare, drawn.recorder)
         made.places.install()
-        _finish(made.model, origin.small, made.weights)
+        _finish(drawn.model, origin.small, drawn.weights)
 
 
 def _named(mesh: Any) -> Any:

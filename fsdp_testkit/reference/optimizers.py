@@ -26,8 +26,8 @@ def bind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, was: Any 
             (a dict, or pairs). Not needed for an optimizer that was created from ``model.named_parameters()``.
 
     Raises:
-        BindError: a parameter has no name, or the sharded model has none of that name or shape; or a state tensor
-            with data of its own has another shape than its parameter.
+        BindError: a parameter has no name, or the sharded model has none of that name or shape, or one for two of
+            the optimizer's; or a state tensor with data of its own has another shape than its parameter.
     """
     old = _names(optimizer, was)
     new = dict(model.named_parameters(remove_duplicate=False))
@@ -44,6 +44,12 @@ def bind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, was: Any 
                 problems.append(f"{name!r} has shape {shapes}")
             else:
                 pairs[parameter] = new[name]
+    heirs: dict[nn.Parameter, torch.Tensor] = {}
+    for parameter, heir in pairs.items():
+        if heir in heirs:
+            both = sorted(name for one in (parameter, heirs[heir]) for name in old[id(one)])
+            problems.append(f"{both} are tied in the model and two parameters in the optimizer: one would be lost")
+        heirs[heir] = parameter
     states = {parameter: optimizer.state[parameter] for parameter in pairs if parameter in optimizer.state}
     made = {}
     for parameter, state in states.items():

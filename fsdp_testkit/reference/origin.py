@@ -60,7 +60,7 @@ class Origin:
     def fit(self, model: Any) -> tuple[WeightMap | None, set[str], list[str]]:
         """Return (how keys make tensors; names of the tensors that are given; what does not fit the meta model)."""
         if isinstance(self.saved, dcp.DcpCheckpoint):
-            return None, set(self.saved.names), self.saved.compare(model)
+            return None, self.saved.names.intersection(model.state_dict()), self.saved.compare(model)
         weights = match(self.saved, model)
         return weights, {name for group in weights.groups for name in group.targets}, weights.problems
 
@@ -69,7 +69,7 @@ class Origin:
         if weights is None:
             assert isinstance(self.saved, dcp.DcpCheckpoint)
             reader = _DcpReader(self.saved, places, whole=route.whole)
-            for name in sorted(self.saved.names):
+            for name in sorted(self.saved.names.intersection(model.state_dict())):
                 yield Item(name, self.saved.dtypes[name], reader)
             return
         assert isinstance(self.saved, Checkpoint)

@@ -9,6 +9,7 @@ largest tensor.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -79,7 +80,7 @@ class Filler:
                 self.progress.add(self.places.nbytes(item.name))
             return
         late: BaseException | None = None
-        for batch in self._batches(list(items)):
+        for batch in self._batches(deque(items)):
             jobs: list[_Transfer] = []
             with self.ranks.phase():
                 if late is not None:
@@ -117,16 +118,17 @@ class Filler:
         if again is not None and not torch.equal(value, self.places.window(again)[0]):
             raise LoadError(f"{item.name!r} and {again!r} are tied, but the file holds different values for them")
 
-    def _batches(self, items: list[Item]) -> Iterator[list[Item]]:
+    def _batches(self, items: deque[Item]) -> Iterator[list[Item]]:
+        """Take ``items`` out in batches: a reader, and what it has converted, goes with its last item."""
         sizes = [self.places.whole_nbytes(item.name) for item in items]
         limit = min(BATCH, max(sizes, default=0))
         batch: list[Item] = []
         held = 0
-        for item, size in zip(items, sizes, strict=True):
+        for size in sizes:
             if batch and held + size > limit:
                 yield batch
                 batch, held = [], 0
-            batch.append(item)
+            batch.append(items.popleft())
             held += size
         if batch:
             yield batch

@@ -7,9 +7,13 @@ read on any mesh; everything else is JSON. The optimizer is read and written thr
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +96,7 @@ def _content(model: Any, optimizer: Any, scheduler: Any, tensors: dict[str, torc
 
 
 def load_training(model: Any, optimizer: Any, scheduler: Any, folder: str | Path, *, rng: str = "auto") -> None:
-    """Restore in place what `save_training` wrote, on the same or another mesh.
+    """Restore in place what `save_training` wrote, on the same or another mesh. Every rank must call this.
 
     Args:
         model: the model; the same parameter names as when saved.
@@ -104,37 +108,93 @@ def load_training(model: Any, optimizer: Any, scheduler: Any, folder: str | Path
 
     Raises:
         TrainingStateError: a file is missing or damaged, or anything saved has no place in what was given, or
-            the other way round; nothing has been changed then.
+            the other way round. All ranks raise, and nothing has been changed on any.
     """
     if rng not in ("auto", "require", "skip"):
         raise TrainingStateError(f"rng={rng!r} must be 'auto', 'require' or 'skip'")
     source = Path(folder) / folders.TRAINING
+    problem: Exception | None = None
+    found: _Found | None = None
+    before = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+    try:
+        found = _find(source, model, optimizer, scheduler, rng)
+        if scheduler is not None:  # code of its own, which may refuse
+            scheduler.load_state_dict(found.scheduler)
+    except TrainingStateError as error:
+        problem = error
+    except Exception as error:
+        problem = TrainingStateError(f"{source} cannot be restored: {type(error).__name__}: {error}")
+    try:
+        folders.agree(problem, TrainingStateError)
+    except BaseException:
+        if scheduler is not None:
+            scheduler.load_state_dict(before)
+        raise
+    assert found is not None
+    optimizer.state.clear()
+    optimizer.state.update(found.states)
+    for group, options in zip(optimizer.param_groups, found.options, strict=True):
+        group.update(options)
+    if found.generators is not None:
+        found.generators.restore()
+    elif rng == "auto":
+        logger.warning("generators not restored: saved on %s ranks, now %s", found.world, folders.world())
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """What a folder holds, ready to be put in place."""
+
+    world: int
+    states: dict[torch.Tensor, dict[str, Any]]
+    options: list[dict[str, Any]]
+    scheduler: Any
+    generators: _Generators | None
+
+
+def _find(source: Path, model: Any, optimizer: Any, scheduler: Any, rng: str) -> _Found:
+    """Read and compare everything; change nothing. No collective is called."""
     content = _json(source / STATE)
     if content.get("format") != FORMAT:
         raise TrainingStateError(f"{source / STATE} has format {content.get('format')!r}, expected {FORMAT}")
     names = _names(model, optimizer)
-    _compare(content, optimizer, scheduler, names)
-    same_world = content["world"] == folders.world()
+    with _damage_of(source / STATE):
+        problems = _compare(content, optimizer, scheduler, names)
+        world = content["world"]
+    if problems:
+        raise TrainingStateError("\n  - ".join(["the saved training state does not fit:", *problems]))
+    same_world = world == folders.world()
     if rng == "require" and not same_world:
         raise TrainingStateError(
-            f"saved on {content['world']} ranks, resumed on {folders.world()}: the generators of every rank "
+            f"saved on {world} ranks, resumed on {folders.world()}: the generators of every rank "
             "cannot be restored; pass rng='skip' to go on with the present ones"
         )
-    generators = _json(source / _rng_file(folders.rank())) if rng != "skip" and same_world else None
-    states = _read_state(source, content["state"], optimizer, names)
+    generators = None
+    if rng != "skip" and same_world:
+        file = source / _rng_file(folders.rank())
+        with _damage_of(file):
+            generators = _Generators.of(_json(file))
+    with _damage_of(source / STATE):
+        options = [{key: plainjson.decode(value) for key, value in g["options"].items()} for g in content["groups"]]
+        state_of_scheduler = None if scheduler is None else plainjson.decode(content["scheduler"])
+    return _Found(
+        world=world,
+        options=options,
+        scheduler=state_of_scheduler,
+        generators=generators,
+        states=_read_state(source, content["state"], optimizer, names),
+    )
 
-    for parameter, state in states.items():
-        optimizer.state[parameter] = state
-    for parameter in [p for p in optimizer.state if p not in states]:
-        del optimizer.state[parameter]
-    for group, saved in zip(optimizer.param_groups, content["groups"], strict=True):
-        group.update({key: plainjson.decode(value) for key, value in saved["options"].items()})
-    if scheduler is not None:
-        scheduler.load_state_dict(plainjson.decode(content["scheduler"]))
-    if generators is not None:
-        _restore_rng(generators)
-    elif rng == "auto":
-        logger.warning("generators not restored: saved on %s ranks, now %s", content["world"], folders.world())
+
+@contextmanager
+def _damage_of(file: Path) -> Iterator[None]:
+    """Name the file whose content is not what `write` makes: it may fail anywhere."""
+    try:
+        yield
+    except LookupError as error:
+        raise TrainingStateError(f"{file} is damaged: it lacks {error}") from error
+    except Exception as error:
+        raise TrainingStateError(f"{file} is damaged: {error}") from error
 
 
 def _names(model: Any, optimizer: Any) -> dict[int, str]:
@@ -156,8 +216,8 @@ def _group(group: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
     }
 
 
-def _compare(content: dict[str, Any], optimizer: Any, scheduler: Any, names: dict[int, str]) -> None:
-    """Raise with everything that does not fit."""
+def _compare(content: dict[str, Any], optimizer: Any, scheduler: Any, names: dict[int, str]) -> list[str]:
+    """Return everything that does not fit."""
     problems: list[str] = []
     if content["optimizer"] != type(optimizer).__name__:
         problems.append(f"optimizer: {content['optimizer']} was saved, {type(optimizer).__name__} is given")
@@ -177,8 +237,7 @@ def _compare(content: dict[str, Any], optimizer: Any, scheduler: Any, names: dic
     grouped = {name for group in saved for name in group}
     if stray := sorted(set(content["state"]) - grouped):
         problems.append(f"optimizer: saved state of {stray} belongs to no group")
-    if problems:
-        raise TrainingStateError("\n  - ".join(["the saved training state does not fit:", *problems]))
+    return problems
 
 
 def _read_state(
@@ -233,14 +292,41 @@ def _rng() -> dict[str, Any]:
     }
 
 
-def _restore_rng(saved: dict[str, Any]) -> None:
-    if (saved["cuda"] is not None) != torch.cuda.is_available():
-        raise TrainingStateError("the generators were saved with and are restored without CUDA, or the reverse")
-    random.setstate(plainjson.decode(saved["python"]))
-    np.random.set_state(plainjson.decode(saved["numpy"]))
-    torch.set_rng_state(_bytes(saved["torch"]))
-    if saved["cuda"] is not None:
-        torch.cuda.set_rng_state(_bytes(saved["cuda"]))
+@dataclass(slots=True, kw_only=True)
+class _Generators:
+    """States of this process's generators, each tried on a generator of its own."""
+
+    python: Any
+    numpy: Any
+    torch: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> _Generators:
+        """Decode what `_rng` made; any exception where it is something else."""
+        cuda = None if saved["cuda"] is None else _bytes(saved["cuda"])
+        if (cuda is not None) != torch.cuda.is_available():
+            raise TrainingStateError("it was saved with and is restored without CUDA, or the reverse")
+        made = cls(
+            python=plainjson.decode(saved["python"]),
+            numpy=plainjson.decode(saved["numpy"]),
+            torch=_bytes(saved["torch"]),
+            cuda=cuda,
+        )
+        random.Random().setstate(made.python)
+        np.random.RandomState().set_state(made.numpy)
+        torch.Generator().set_state(made.torch)
+        if made.cuda is not None:
+            torch.Generator("cuda").set_state(made.cuda)
+        return made
+
+    def restore(self) -> None:
+        """Put them in place."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
 
 
 def _bytes(text: str) -> torch.Tensor:

@@ -82,6 +82,7 @@ def finding_lines(finding: dict[str, Any], hosts: Sequence[str] = ()) -> list[st
     nature = {
         "logic": "logic: it is still there in float64",
         "rounding": "rounding: it shrinks away in float64",
+        "undecided": "undecided: the model does not run in float64, and rounding moves truth's own numbers less",
     }.get(str(finding.get("nature", "")), str(finding.get("nature", "")))
     lines.append(f"{judge}; {nature}" if nature else judge)
     return lines

@@ -27,7 +27,10 @@ def found(verdict: Verdict) -> list[str]:
     return [finding.check for finding in verdict.findings]
 
 
-@pytest.mark.parametrize(("last", "each", "wrong"), [(4, 12, []), (12, 12, ["reductions"]), (4, 4, ["reductions"])])
+@pytest.mark.parametrize(
+    ("last", "each", "wrong"),
+    [(4, 12, []), (12, 12, ["reductions"]), (4, 4, ["reductions"]), (0, 0, ["reductions"])],
+)
 def test_reductions(last: int, each: int, wrong: list[str]) -> None:
     runs = [[seen(collectives={"_reduce_scatter_base_": count, "allreduce_": 7})] for count in (last, each)]
     assert found(extended.check_reductions(*runs, 3)) == wrong

@@ -240,3 +240,34 @@ def test_evidence_shows_its_cause(cause: str) -> None:
 def test_evidence_that_is_nearly_the_same_does_not(cause: str) -> None:
     named = first(TABLE[cause][1])
     assert named is None or named.cause != cause
+
+
+@pytest.mark.parametrize(
+    ("factor", "cause", "says"),
+    [
+        (27.5, "wrong normaliser", "sums were not divided"),
+        (1 / 27.5, "wrong normaliser", "0.03636 x the expected in step 1, just one over the number of tokens"),
+        (1 / 55, "wrong normaliser", "means were divided once more"),  # of both ranks
+        (1 / 1000, "wrong factor", "0.001 x the expected"),
+        (-1.0, "wrong factor", "-1 x the expected"),
+    ],
+)
+def test_a_factor_has_a_cause_however_small(factor: float, cause: str, says: str) -> None:
+    run = training(1, tokens={1: 27.5}, token_mean=(1,))
+    named = first(seen(shares(factor, factor, step=1), shares(factor, factor, rank=1, step=1), run=run))
+    assert named is not None
+    assert named.cause == cause
+    assert says in named.text
+
+
+def test_a_gradient_of_zeros_is_no_factor() -> None:
+    named = first(seen(shares(0.0, 0.0), run=training(0)))
+    assert named is None
+
+
+def test_what_the_kit_did_wrong_is_no_cause() -> None:
+    wrong = "ranks with a spoilt gradient: [0, 1]"
+    assert first(seen(found("guard", wrong, judged_by="kit"))) is None
+    named = first(seen(found("guard", "the weights moved")))
+    assert named is not None
+    assert named.cause == "switch without effect"

@@ -12,7 +12,7 @@ from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.engine.engine import Engine
-from fsdp_testkit.engine.judge import amplified, decide_rounding
+from fsdp_testkit.engine.judge import amplified, decide_rounding, leave_undecided
 from fsdp_testkit.faults.rounding import HalfPrecision, OtherOrderOfSums
 from fsdp_testkit.reporting.matrix import total_lines
 
@@ -59,6 +59,18 @@ def test_what_the_model_amplifies_by_itself(error: float, spread: float, nature:
     assert len(harmless) == (0 if fails else 2)
     assert [item.check for item in verdict.findings][-1] == "structure"
     assert len(verdict.findings) == (3 if fails else 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "spread", "fails"), [(CAP / 2, CAP, False), (CAP / 2, 0.0, True), (CAP * 2, CAP, True)]
+)
+def test_what_fp64_cannot_decide(error: float, spread: float, fails: bool) -> None:
+    verdict = Verdict(findings=[finding(error), finding(error, check="structure")])
+    leave_undecided(verdict, CASE)
+    assert [item.nature for item in verdict.findings] == ["undecided" if error <= CAP else "", ""]
+    harmless = amplified(verdict, {("gradients", "head"): spread})
+    assert len(harmless) == (not fails)
+    assert len(verdict.findings) == 1 + fails
 
 
 def test_the_cap_lies_between_fp32_and_narrower_formats() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import small
 import torch
+import torch.distributed.checkpoint as dist_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, XLNetConfig, XLNetLMHeadModel
 
 from fsdp_testkit.reference import LoadError, load, load_sharded
+from fsdp_testkit.reference.dcp import single_process
 from fsdp_testkit.reference.files import Checkpoint
 
 
@@ -146,6 +149,51 @@ def test_kept_in_fp32(tmp_path: Path, claim: Any, monkeypatch: pytest.MonkeyPatc
 def test_key_of_another_time_is_ignored_where_the_model_says_so(tmp_path: Path, claim: Any) -> None:
     folder = edited(tmp_path, "gpt2", lambda t: t | {"transformer.h.0.attn.bias": torch.ones(1)})
     assert_is_slice_of(load_sharded(folder, claim(0, 2)), small.build("gpt2"), 2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_reads_only_its_rows_of_a_dcp_folder(tmp_path: Path, claim: Any, dtype: torch.dtype) -> None:
+    whole = small.build("llama", vocab_size=150_001)
+    whole.config.architectures = ["LlamaForCausalLM"]
+    whole.config.save_pretrained(tmp_path)
+    with single_process():  # one process, so that each tensor is one chunk
+        dist_checkpoint.save(whole.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    size = sum(parameter.nbytes for parameter in whole.parameters())
+    for rank in (0, 1, 3):
+        mesh = claim(rank, 4)
+        before = bytes_read()
+        model = load_sharded(tmp_path, mesh, dtype=dtype)
+        assert bytes_read() - before < 0.35 * size
+        for name, parameter in model.named_parameters():
+            expected = chunk(whole.get_parameter(name), 4, rank).to(dtype)
+            assert torch.equal(parameter.to_local(), expected), name
+
+
+def test_a_dcp_chunk_that_lies_otherwise_is_read_whole(tmp_path: Path, claim: Any) -> None:
+    whole = small.build("llama")
+    whole.config.architectures = ["LlamaForCausalLM"]
+    whole.config.save_pretrained(tmp_path)
+    state = whole.state_dict()
+    turned = {name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in state.items()}
+    assert not turned["lm_head.weight"].is_contiguous()
+    with single_process():
+        dist_checkpoint.save(turned, checkpoint_id=tmp_path, no_dist=True)
+    assert_is_slice_of(load_sharded(tmp_path, claim(1, 3)), whole, 3, 1)
+
+
+def bytes_read() -> int:
+    """Bytes that this process has asked files for."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+
+def test_a_dcp_folder_may_hold_what_the_model_ignores(tmp_path: Path, claim: Any) -> None:
+    whole = small.build("gpt2")
+    whole.config.architectures = ["GPT2LMHeadModel"]
+    whole.config.save_pretrained(tmp_path / "dcp")
+    extra = {"transformer.h.0.attn.bias": torch.ones(1)}  # the model says that keys of this name are of another time
+    with single_process():
+        dist_checkpoint.save(whole.state_dict() | extra, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert_is_slice_of(load_sharded(tmp_path / "dcp", claim(0, 2)), whole, 2, 0)
 
 
 def test_base_model_prefix_is_added(tmp_path: Path, claim: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import resource
 import shutil
 import socket
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import LlamaForCausalLM
 
-from fsdp_testkit.reference import LoadError, load_sharded, places, save_sharded
+from fsdp_testkit.reference import LoadError, adapter, load_sharded, places, save_sharded, stream, weights
 from fsdp_testkit.reference.files import Checkpoint
+from fsdp_testkit.reference.origin import Origin
 from fsdp_testkit.reference.routes import SCOPES, sources
 from fsdp_testkit.reference.weights import GroupReader
 
@@ -209,6 +213,65 @@ def auto(rank: int, base: Path) -> None:
     small.assert_equal_to(model, small.build("llama"))
     assert model.config.hidden_size == 32
     assert model.generation_config is not None
+
+
+def struck_in_two_dtypes(rank: int, base: Path) -> None:
+    """A unit in bf16 keeps a weight in fp32, so that sharding makes a process group for it."""
+    mesh = small.mesh_of((2,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["post_attention_layernorm"])
+        counts = []
+        for _ in range(4):
+            model = load_sharded(base / "llama", mesh, dtype=torch.bfloat16)
+            layer = model.model.layers[0]
+            dtypes = {layer.post_attention_layernorm.weight.dtype, layer.input_layernorm.weight.dtype}
+            assert dtypes == {torch.float32, torch.bfloat16}
+            del model, layer
+            gc.collect()
+            counts.append((len(list(Path("/proc/self/task").iterdir())), len(list(Path("/proc/self/fd").iterdir()))))
+        assert counts[1:] == counts[1:2] * 3, counts  # groups are made once, not with each load
+        patch.setattr(adapter, "_twins", {})  # and would be made again
+        if rank == 1:
+            patch.setattr(Origin, "open", raises)
+        began = time.monotonic()
+        with pytest.raises(LoadError, match=r"rank 1: KeyError: 'struck'"):
+            load_sharded(base / "llama", mesh, dtype=torch.bfloat16)
+        assert time.monotonic() - began < 10
+        dist.barrier()
+
+
+def test_nobody_waits_in_a_new_group_for_a_rank_that_failed(tmp_path: Path) -> None:
+    small.checkpoint(tmp_path, "llama")
+    local_ranks.run(struck_in_two_dtypes, 2, tmp_path)
+
+
+def leaves_conversions(rank: int, base: Path) -> None:
+    mesh = small.mesh_of((2,))
+    alive: list[int] = []
+    readers: weakref.WeakSet[GroupReader] = weakref.WeakSet()
+    made, read = GroupReader.__init__, GroupReader.part
+
+    def noted(self: GroupReader, *arguments: Any) -> None:
+        made(self, *arguments)
+        readers.add(self)
+
+    def counted_part(self: GroupReader, *arguments: Any) -> torch.Tensor:
+        value = read(self, *arguments)
+        alive.append(sum(reader._converted is not None for reader in list(readers)))
+        return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GroupReader, "__init__", noted)
+        patch.setattr(GroupReader, "part", counted_part)
+        patch.setattr(weights, "_strategy", lambda *_: "full")
+        patch.setattr(stream, "BATCH", 1)  # a batch is one tensor
+        small.assert_equal_to(load_sharded(base / "mixtral", mesh, source="rank0"), small.build("mixtral"))
+    assert (max(alive) == 1) if rank == 0 else not alive  # one conversion at a time
+
+
+def test_a_source_holds_one_conversion_at_a_time(tmp_path: Path) -> None:
+    small.checkpoint(tmp_path, "mixtral")
+    local_ranks.run(leaves_conversions, 2, tmp_path)
 
 
 def test_auto_reads_where_the_folder_is(tmp_path: Path) -> None:

@@ -107,6 +107,17 @@ def test_what_does_not_fit_is_said_and_nothing_changed(tmp_path: Path, claim: An
     assert optimizer.param_groups[0]["params"][-1] is model.lm_head.weight
 
 
+def test_two_parameters_cannot_have_one_heir(tmp_path: Path, claim: Any) -> None:
+    model = load_sharded(small.checkpoint(tmp_path, "llama", tie=True), claim(0, 2))
+    untied = small.build("llama")
+    optimizer = torch.optim.SGD(untied.parameters(), lr=0.1)
+    before = list(optimizer.param_groups[0]["params"])
+    text = r"\['lm_head.weight', 'model.embed_tokens.weight'\] are tied in the model and two parameters"
+    with pytest.raises(BindError, match=text):
+        bind_optimizer(optimizer, model, untied)
+    assert all(one is other for one, other in zip(optimizer.param_groups[0]["params"], before, strict=True))
+
+
 def test_switches_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KIT_OLD", "before")
     monkeypatch.delenv("KIT_NEW", raising=False)

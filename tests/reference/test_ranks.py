@@ -183,12 +183,48 @@ def errors_of_training(base: Path, straight: Training, other: Training) -> None:
             load_training(*given, base / "half")
     with pytest.raises(TrainingStateError, match="missing or damaged"):
         load_training(model, optimizer, scheduler, base / "start")
+    damaged_on_rank_1(base, model, optimizer, scheduler)
     with pytest.raises(TrainingStateError, match=r"is not the model's"):
         save_training(straight.model, optimizer, scheduler, base / "foreign")
     scheduler.strange = object()
     with pytest.raises(TrainingStateError, match="not a plain value"):
         save_training(model, optimizer, scheduler, base / "foreign")
     assert [group["lr"] for group in optimizer.param_groups] == before
+
+
+def damaged_on_rank_1(base: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
+    """What rank 1 finds is not what was saved: both raise, and nothing is changed on either."""
+    state, rng = "training.json", "rng-00001.json"
+    random.seed(5)
+    kept = {p: dict(entry) for p, entry in optimizer.state.items()}
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.125
+    scheduler.last_epoch, before = 77, random.getstate()
+    for name, change, text in (
+        (rng, lambda _: {}, r"rng-00001.json is damaged: it lacks 'cuda'"),
+        (
+            rng,
+            lambda content: content | {"torch": "00"},
+            r"rng-00001.json is damaged: Expected a CPUGeneratorImplState",
+        ),
+        (rng, lambda content: content | {"python": [3, 1]}, r"rng-00001.json is damaged: .*unpack"),
+        (state, lambda content: {k: v for k, v in content.items() if k != "world"}, "it lacks 'world'"),
+        (state, lambda content: content | {"groups": [{}]}, "training.json is damaged: it lacks 'params'"),
+        (state, lambda content: content | {"scheduler": {"a": 1}}, "training.json is damaged: .* is not a saved value"),
+        (state, lambda content: content | {"scheduler": 3}, "cannot be restored: .*Error"),
+    ):
+        folder = base / f"damaged{dist.get_rank()}"
+        shutil.copytree(base / "half", folder)
+        if dist.get_rank() == 1:
+            file = folder / "training" / name
+            file.write_text(json.dumps(change(json.loads(file.read_text()))))
+        with pytest.raises(TrainingStateError, match=text):
+            load_training(model, optimizer, scheduler, folder)
+        shutil.rmtree(folder)
+        assert {p: dict(entry) for p, entry in optimizer.state.items()}.keys() == kept.keys()
+        assert all(optimizer.state[p][key] is value for p, entry in kept.items() for key, value in entry.items())
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.125}
+        assert (scheduler.last_epoch, random.getstate()) == (77, before), text
 
 
 def resume_elsewhere(rank: int, base: Path, shape: tuple[int, ...]) -> None:

@@ -138,6 +138,36 @@ def test_recorder_replays_what_a_constructor_did() -> None:
         assert value.device.type == "cpu", name
 
 
+def test_recorded_tensors_may_be_moved() -> None:
+    def make() -> dict[str, torch.Tensor]:
+        given = torch.zeros(4)
+        first = given.view(2, 2)
+        given.data = torch.arange(4.0)
+        buffer = nn.Buffer(torch.ones(3))
+        buffer.data = torch.full((3,), 7.0)
+        put = torch.zeros(2)
+        put.set_(torch.full((2,), 5.0))
+        turned = torch.arange(6.0).view(2, 3)
+        added = turned + 1
+        turned.t_()
+        return {
+            "given": given,
+            "its first storage": first,
+            "buffer": buffer,
+            "put": put,
+            "turned": turned,
+            "added": added,
+            "after": turned * 2,
+            "sum": given + 1,
+        }
+
+    recorder = Recorder()
+    with recorder.recording():
+        recorded = make()
+    for name, expected in make().items():
+        assert torch.equal(recorder.compute(recorded[name]), expected), name
+
+
 def test_a_recorded_initialisation_is_run_for_values_alone() -> None:
     def make() -> dict[str, torch.Tensor]:
         torch.manual_seed(3)

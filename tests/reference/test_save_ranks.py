@@ -11,6 +11,7 @@ import pytest
 import small
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dist_checkpoint
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -74,10 +75,23 @@ def save_all(rank: int, base: Path) -> None:
             save_sharded(made, base / f"{kind}-{size}", max_shard_size=size, durable=False)
         assert bool(sent) == (kind == "transposed")
         assert travels or not sent
+    plain_tensors_are_rank_0s(rank, base)
     for phase in ("own", "whole"):
         fails_on_one_rank(rank, base, phase)
     for layout in ("safetensors", "dcp"):
         no_plan_on_one_rank(rank, base, layout)
+
+
+def plain_tensors_are_rank_0s(rank: int, base: Path) -> None:
+    made = model("rows")
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.fill_(rank)
+    save_sharded(made, base / "plain-dcp", layout="dcp", durable=False)
+    found = {name: torch.full_like(value, -1) for name, value in made.state_dict().items()}
+    dist_checkpoint.load(found, checkpoint_id=base / "plain-dcp")
+    assert found
+    assert not any(value.any() for value in found.values())
 
 
 def fails_on_one_rank(rank: int, base: Path, phase: str) -> None:
