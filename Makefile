@@ -72,6 +72,7 @@ soak: install
 museum: install
 	$(BIN)/python -m fsdp_testkit museum --run --jobs $(TEST_WORKERS) --json docs/museum.json
 	$(BIN)/python -m fsdp_testkit.faults.museum_page
+	mkdir -p reports && cp docs/museum.json reports
 
 ten-times: install
 	$(BIN)/python tests/ranks/ten_times.py --runs $(RUNS) --workers $(WORKERS)

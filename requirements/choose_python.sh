@@ -11,6 +11,9 @@ for candidate in python3 /usr/bin/python3 /usr/local/bin/python3; do
     said=$("$candidate" - 2>/dev/null <<'END'
 import ensurepip, sys, time, venv
 
+if sys.version_info < (3, 11):
+    sys.exit(1)
+
 class Part:
     def __init__(self, held):
         self.held = held

@@ -15,8 +15,9 @@ import numpy as np
 from fsdp_testkit.checks.training import scale_floors
 from fsdp_testkit.core.evidence import Array, Evidence
 
-#: (check, parameter) -> largest relative distance from truth; the parameter is "" for losses and norms.
-Spread = dict[tuple[str, str], float]
+#: (check, parameter) -> step -> largest relative distance from truth. The parameter is "" for losses and norms, the
+#: step ``None`` for what is compared at the end.
+Spread = dict[tuple[str, str], dict[int | None, float]]
 
 #: What stands under a prefix of truth's tensors -> checks that compare it.
 _CHECKS = {
@@ -33,32 +34,31 @@ def spread(truth: Evidence, others: Sequence[Evidence]) -> Spread:
     """
     found: Spread = {}
 
-    def note(check: str, parameter: str, distance: float) -> None:
-        found[check, parameter] = max(found.get((check, parameter), 0.0), distance)
+    def note(check: str, parameter: str, step: int | None, distance: float) -> None:
+        steps_of = found.setdefault((check, parameter), {})
+        steps_of[step] = max(steps_of.get(step, 0.0), distance)
 
     steps = truth.facts["losses"]
     floors, moments = scale_floors(truth, len(steps))
     for other in others:
         for step in steps:
-            note("losses", "", _distance(np.array(truth.facts["losses"][step]), np.array(other.facts["losses"][step])))
-            note(
-                "gradient_norm",
-                "",
-                _distance(np.array(truth.facts["norms"][step]), np.array(other.facts["norms"][step])),
-            )
+            for check, fact in (("losses", "losses"), ("gradient_norm", "norms")):
+                wanted, other_value = np.array(truth.facts[fact][step]), np.array(other.facts[fact][step])
+                note(check, "", int(step), _distance(wanted, other_value))
         for key, tensor in truth.tensors.items():
             prefix, _, rest = key.partition("/")
             if prefix not in _CHECKS or key not in other.tensors:
                 continue
-            name, floor = rest, 0.0
+            name, floor, at = rest, 0.0, None
             if prefix == "gradient":
                 step, _, name = rest.partition("/")
-                floor = floors[int(step)]
+                at = int(step)
+                floor = floors[at]
             elif prefix == "optimizer":
                 name, _, kind = rest.rpartition("/")
                 floor = moments.get(kind, 0.0)
             for check in _CHECKS[prefix]:
-                note(check, name, _distance(tensor.array(), other.tensors[key].array(), floor))
+                note(check, name, at, _distance(tensor.array(), other.tensors[key].array(), floor))
     return found
 
 

@@ -82,6 +82,8 @@ def needs_fp64(verdict: Verdict, case: Case) -> bool:
 def amplified(verdict: Verdict, found: Spread) -> list[Finding]:
     """Take findings that are or may be rounding out of ``verdict`` where the model amplifies it itself; return them.
 
+    What may be rounding is held against the same step of truth: nothing else says that it is no error of logic.
+
     Args:
         found: how far truth's own numbers move when its weights do by a unit in the last place.
     """
@@ -91,7 +93,10 @@ def amplified(verdict: Verdict, found: Spread) -> list[Finding]:
         if finding.nature not in ("rounding", "undecided") or finding.max_rel_error is None:
             kept.append(finding)
             continue
-        known = found.get((base(finding), finding.parameter), 0.0)
+        steps = found.get((base(finding), finding.parameter), {})
+        known = max(steps.values(), default=0.0)
+        if finding.nature == "undecided":
+            known = steps.get(finding.step, 0.0)
         own = finding.max_rel_error <= AMPLIFICATION * known
         (harmless if own else kept).append(replace(finding, detail={**finding.detail, "spread": known}))
     verdict.findings = kept

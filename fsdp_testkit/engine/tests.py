@@ -331,21 +331,24 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
 def settle(outcome: Outcome, work: SpecWork, case: Case, exact_verdict: Callable[[Case], Verdict | str]) -> None:
     """Where a number is in doubt, judge the case once more in fp64 and say whether it was rounding or logic.
 
-    Rounding that is larger than the arithmetic explains, and what fp64 cannot decide since the model does not run in it
-    (it casts to fp32 by itself), is held against what rounding does to truth itself. ``exact_verdict`` returns the
-    verdict, or why there is none.
+    Rounding that is larger than the arithmetic explains, and what fp64 cannot decide since truth itself does not run in
+    it (the model casts to fp32 by itself), is held against what rounding does to truth. ``exact_verdict`` returns the
+    verdict, or why the code under test did not get so far: where truth does, the findings stand.
     """
     if not needs_fp64(outcome.verdict, case):
         return
-    try:
-        found = exact_verdict(replace(case, dtype="float64"))
-    except OracleFailedError as error:
-        found = str(error).partition("\n")[0]
+    exact = replace(case, dtype="float64")
     harmless = []
-    if isinstance(found, str):
-        outcome.extra["no_fp64"] = found
+    try:
+        work.truth(exact)
+        found = exact_verdict(exact)
+    except OracleFailedError as error:
+        outcome.extra["no_fp64"] = str(error).partition("\n")[0]
         leave_undecided(outcome.verdict, case)
     else:
+        if isinstance(found, str):
+            outcome.extra["fp64_failure"] = found
+            return
         harmless = decide_rounding(outcome.verdict, found, case)
     if any(finding.nature in ("rounding", "undecided") for finding in outcome.verdict.findings):
         nudged = [case.with_options(nudge=number + 1) for number in range(NUDGES)]

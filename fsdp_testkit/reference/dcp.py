@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
 from torch.distributed.checkpoint import metadata as checkpoint_metadata
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from fsdp_testkit.reference import adapter, folders
@@ -43,6 +43,11 @@ class _Plain(pickle._Unpickler):
     and functions too, and so change them for the whole process.
     """
 
+    #: Where other releases keep what metadata consists of: torch before 2.3, and Python from 3.13 on.
+    MOVED: ClassVar[dict[str, str]] = {
+        "torch.distributed._shard.sharded_tensor.metadata": checkpoint_metadata.__name__,
+        "pathlib._local": "pathlib",
+    }
     ALLOWED = (
         (adapter.StorageInfo.__module__, adapter.StorageInfo.__name__),
         ("torch.serialization", "_get_layout"),
@@ -58,6 +63,8 @@ class _Plain(pickle._Unpickler):
         """Return a class or function that metadata consists of."""
         if (module, name) == ("builtins", "getattr"):
             return _member
+        module = self.MOVED.get(module, module)
+        name = "_MEM_FORMAT_ENCODING" if name == "MEM_FORMAT_ENCODING" else name
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         own = module == checkpoint_metadata.__name__ and _is_own(getattr(checkpoint_metadata, name, None))
         if "." in name or not (dtype or own or (module, name) in self.ALLOWED):
@@ -89,12 +96,19 @@ def _member(owner: Any, name: Any) -> enum.Enum:
 class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's classes are untyped here
     """A `FileSystemReader` whose metadata holds nothing but metadata, and which reads no more than is wanted."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._metadata: Any = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the folder's metadata.
+        """Return the folder's metadata, which is read once.
 
         Raises:
             LoadError: the file is damaged, or holds anything else.
         """
+        if self._metadata is not None:
+            self._metadata.storage_meta.load_id = self.load_id
+            return self._metadata
         path = Path(self.path) / METADATA
         try:
             with path.open("rb") as file:
@@ -114,14 +128,16 @@ class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's
                 raise LoadError(f"{path}: {name!r} is no tensor, and objects are not unpickled")
             _check_chunks(path, name, entry, stored)
         if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = self.storage_meta()
+            metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
+        self._metadata = metadata
         return metadata
 
     def set_up_storage_reader(self, metadata: Any, *args: Any, **kwargs: Any) -> None:
         """Take the metadata of a load."""
         super().set_up_storage_reader(metadata, *args, **kwargs)
         self._entries = metadata.state_dict_metadata
+        self._sizes: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
 
     def read_data(self, plan: Any, planner: Any) -> Any:
         """Fill the tensors of a plan: of a stored chunk, only the rows that are wanted, where torch reads all of it."""
@@ -134,8 +150,10 @@ class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's
         wanted, first = tuple(item.lengths), item.storage_offsets[0] if item.storage_offsets else 0
         if not wanted or getattr(info, "transform_descriptors", None):
             return False
-        chunks = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in self._entries[item.storage_index.fqn].chunks}
-        sizes = chunks[tuple(item.storage_index.offset)]
+        name = item.storage_index.fqn
+        if name not in self._sizes:
+            self._sizes[name] = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in self._entries[name].chunks}
+        sizes = self._sizes[name][tuple(item.storage_index.offset)]
         if wanted == sizes or wanted[1:] != sizes[1:]:
             return False
         with (Path(self.path) / info.relative_path).open("rb") as file:
@@ -149,7 +167,7 @@ class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's
             direct = target.device.type == "cpu" and target.dtype == found.tensor.dtype and target.is_contiguous()
             rows = target if direct else torch.empty(wanted, dtype=found.tensor.dtype)
             if rows.numel() and archive.readinto(rows.view(-1).view(torch.uint8).numpy()) != rows.nbytes:
-                raise LoadError(f"{file.name} is too short for {item.storage_index.fqn!r}")
+                raise LoadError(f"{file.name} is too short for {name!r}")
         if not direct:
             target.copy_(rows)
         planner.commit_tensor(item, target)
@@ -203,7 +221,7 @@ def _stored(archive: Any) -> _Stored | None:
         tensor = torch.load(archive, map_location="cpu", weights_only=True)
     if not (type(tensor) is torch.Tensor and tensor.is_contiguous()) or tensor.storage_offset():
         return None
-    if tensor.nbytes > data.file_size:
+    if tensor.nbytes > data.file_size or tensor.is_conj() or tensor.is_neg():
         return None
     archive.seek(data.header_offset)
     header = archive.read(30)  # the local header: names and padding of their own lengths follow
@@ -223,14 +241,16 @@ def _check_chunks(path: Path, name: str, entry: TensorStorageMetadata, stored: d
             raise LoadError(f"{path}: {name!r} of shape {shape} has a chunk at {offsets} of shape {sizes}")
         if MetadataIndex(name, torch.Size(offsets)) not in stored:
             raise LoadError(f"{path}: the chunk at {offsets} of {name!r} lies in no file")
-    boxes = sorted(box for box in boxes if math.prod(box[1]))
+    # along the axis that is cut into the most pieces, few boxes lie side by side
+    axis = max(range(len(shape)), key=lambda axis: len({offsets[axis] for offsets, _ in boxes}), default=0)
+    boxes = sorted((box for box in boxes if math.prod(box[1])), key=lambda box: box[0][axis : axis + 1])
     held = sum(math.prod(sizes) for _, sizes in boxes)
     if held != math.prod(shape):
         raise LoadError(f"{path}: the chunks of {name!r} hold {held} elements of {math.prod(shape)}")
     for index, (offsets, sizes) in enumerate(boxes):
         for others, lengths in boxes[index + 1 :]:
-            if shape and others[0] >= offsets[0] + sizes[0]:
-                break  # sorted by the first axis: nor do those after it reach back
+            if shape and others[axis] >= offsets[axis] + sizes[axis]:
+                break  # sorted by this axis: nor do those after it reach back
             if all(
                 mine < other + length and other < mine + size
                 for mine, size, other, length in zip(offsets, sizes, others, lengths, strict=True)
@@ -276,8 +296,13 @@ def write(folder: Path, sources: dict[str, Source], *, durable: bool) -> None:
         raise SaveError(f"{folder} cannot be written as a DCP checkpoint: {error}") from error
 
 
-def read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def read(folder: Path, tensors: dict[str, torch.Tensor], reader: Reader | None = None) -> None:
     """Fill ``tensors`` (plain or `DTensor`, real) from a DCP folder; each rank reads for itself.
+
+    Args:
+        folder: the folder.
+        tensors: by name.
+        reader: one that has read the folder's metadata already.
 
     Raises:
         LoadError: a file is missing or damaged.
@@ -285,7 +310,7 @@ def read(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         with single_process():
             # every rank plans for itself: no collective, so a rank that fails keeps nobody waiting
-            dist_checkpoint.load(tensors, storage_reader=Reader(folder), no_dist=True)
+            dist_checkpoint.load(tensors, storage_reader=reader or Reader(folder), no_dist=True)
     except LoadError:
         raise
     except (Exception, dist_checkpoint.CheckpointException) as error:  # the latter is a BaseException
@@ -297,7 +322,8 @@ class DcpCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        entries = Reader(folder).read_metadata().state_dict_metadata
+        self._reader: Reader | None = Reader(folder)
+        entries = self._reader.read_metadata().state_dict_metadata
         self.shapes = {name: tuple(entry.size) for name, entry in entries.items()}
         self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
         self.digest = zlib.crc32((folder / METADATA).read_bytes())
@@ -310,7 +336,7 @@ class DcpCheckpoint:
     def described(cls, folder: Path, table: list[Any]) -> DcpCheckpoint:
         """Return a checkpoint that is known by its `table` alone: it has names, dtypes and shapes, and no data."""
         made = cls.__new__(cls)
-        made.folder, made.digest = folder, 0
+        made.folder, made.digest, made._reader = folder, 0, None
         made.shapes = {name: tuple(shape) for name, _, shape in table}
         made.dtypes = {name: getattr(torch, dtype.removeprefix("torch.")) for name, dtype, _ in table}
         return made
@@ -341,4 +367,4 @@ class DcpCheckpoint:
 
     def read(self, tensors: dict[str, torch.Tensor]) -> None:
         """Fill ``tensors``, see `read`."""
-        read(self.folder, tensors)
+        read(self.folder, tensors, self._reader)

@@ -110,13 +110,14 @@ def load_training(model: Any, optimizer: Any, scheduler: Any, folder: str | Path
         TrainingStateError: a file is missing or damaged, or anything saved has no place in what was given, or
             the other way round. All ranks raise, and nothing has been changed on any.
     """
-    if rng not in ("auto", "require", "skip"):
-        raise TrainingStateError(f"rng={rng!r} must be 'auto', 'require' or 'skip'")
     source = Path(folder) / folders.TRAINING
     problem: Exception | None = None
     found: _Found | None = None
-    before = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+    before: Any = None
     try:
+        if rng not in ("auto", "require", "skip"):
+            raise TrainingStateError(f"rng={rng!r} must be 'auto', 'require' or 'skip'")
+        before = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
         found = _find(source, model, optimizer, scheduler, rng)
         if scheduler is not None:  # code of its own, which may refuse
             scheduler.load_state_dict(found.scheduler)
@@ -127,7 +128,7 @@ def load_training(model: Any, optimizer: Any, scheduler: Any, folder: str | Path
     try:
         folders.agree(problem, TrainingStateError)
     except BaseException:
-        if scheduler is not None:
+        if before is not None:
             scheduler.load_state_dict(before)
         raise
     assert found is not None
@@ -260,10 +261,10 @@ def _read_state(
                 states[parameter][key] = tensors[f"state.{name}.{key}"] = tensor
     if tensors:
         try:
-            shapes = dcp.DcpCheckpoint(source).shapes
-            if lost := sorted(set(tensors) - set(shapes)):
+            saved_tensors = dcp.DcpCheckpoint(source)
+            if lost := sorted(set(tensors) - saved_tensors.names):
                 raise TrainingStateError(f"{source} lacks {lost[:5]}")
-            dcp.read(source, tensors)
+            saved_tensors.read(tensors)
         except LoadError as error:
             raise TrainingStateError(str(error)) from error
     return states

@@ -104,9 +104,12 @@ def total_lines(rows: Sequence[Result]) -> list[Line]:
         if worst.max_rel_error:
             text += f", {title(worst)} on {worst.layout}"
     lines = [first, [Segment(text)]]
-    if rounded := [row for row in rows if row.extra.get("rounding")]:
+    for undecided, why in ((False, "as float64 shows"), (True, "by truth's own spread: the model runs in no float64")):
+        rounded = [row for row in rows if row.extra.get("rounding") and ("no_fp64" in row.extra) == undecided]
+        if not rounded:
+            continue
         worst = max(rounded, key=lambda row: row.max_rel_error or 0.0)
-        text = f"{len(rounded)} row{_s(len(rounded))} with rounding only, as float64 shows"
+        text = f"{len(rounded)} row{_s(len(rounded))} with rounding only, {why}"
         if worst.max_rel_error is not None:
             text += f"; the largest relative error was {number(worst.max_rel_error)}"
         lines.append([Segment(f"{text}, {title(worst)} on {worst.layout}")])

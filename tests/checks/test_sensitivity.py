@@ -26,15 +26,16 @@ def truth(scale: float = 1.0, loss: float = 2.0) -> Evidence:
 
 def test_distances_are_relative_and_the_largest_counts() -> None:
     found = spread(truth(), [truth(1.01), truth(0.98, loss=2.2), truth()])
-    assert found["losses", ""] == pytest.approx(0.1)
-    assert found["gradient_norm", ""] == pytest.approx(0.02)
-    assert found["gradients", "w"] == pytest.approx(0.01, rel=1e-4)
-    assert found["weights", "w"] == found["gathered_weights", "w"] == pytest.approx(0.01, rel=1e-4)
-    assert found["optimizer", "w"] == pytest.approx(0.02, rel=1e-4)
+    assert found["losses", ""][0] == pytest.approx(0.1)
+    assert found["gradient_norm", ""][0] == pytest.approx(0.02)
+    assert found["gradients", "w"][0] == pytest.approx(0.01, rel=1e-4)
+    assert found["weights", "w"][None] == found["gathered_weights", "w"][None] == pytest.approx(0.01, rel=1e-4)
+    assert found["optimizer", "w"][None] == pytest.approx(0.02, rel=1e-4)
     # against the floor of a gradient that is far below the largest
-    assert found["gradients", "small"] == pytest.approx(2e-8 / 8e-3, rel=1e-3)
+    assert found["gradients", "small"][0] == pytest.approx(2e-8 / 8e-3, rel=1e-3)
     assert not any(name == "initial" for name, _ in found)
 
 
 def test_equal_runs_have_no_spread() -> None:
-    assert set(spread(truth(), [truth(), truth()]).values()) == {0.0}
+    found = spread(truth(), [truth(), truth()])
+    assert {distance for steps in found.values() for distance in steps.values()} == {0.0}

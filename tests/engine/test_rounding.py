@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from fsdp_testkit.checks.tolerances import ROUNDING_CAP, tolerance
+from fsdp_testkit.checks.tolerances import NUDGES, ROUNDING_CAP, tolerance
 from fsdp_testkit.core.case import Case, ModelSpec
+from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.engine.engine import Engine
 from fsdp_testkit.engine.judge import amplified, decide_rounding, leave_undecided
+from fsdp_testkit.engine.outcome import Outcome
+from fsdp_testkit.engine.tests import settle
+from fsdp_testkit.engine.work import OracleFailedError
 from fsdp_testkit.faults.rounding import HalfPrecision, OtherOrderOfSums
 from fsdp_testkit.reporting.matrix import total_lines
 
@@ -55,7 +59,7 @@ def test_decision(error: float, exact: list[Finding], nature: str, fails: bool) 
 def test_what_the_model_amplifies_by_itself(error: float, spread: float, nature: str, fails: bool) -> None:
     marked = [replace(finding(error, check), nature=nature) for check in ("gradients", "oracle_gradients")]
     verdict = Verdict(findings=[*marked, finding(error, check="structure")])
-    harmless = amplified(verdict, {("gradients", "head"): spread})
+    harmless = amplified(verdict, {("gradients", "head"): {0: 0.0, 4: spread}})
     assert len(harmless) == (0 if fails else 2)
     assert [item.check for item in verdict.findings][-1] == "structure"
     assert len(verdict.findings) == (3 if fails else 1)
@@ -68,9 +72,43 @@ def test_what_fp64_cannot_decide(error: float, spread: float, fails: bool) -> No
     verdict = Verdict(findings=[finding(error), finding(error, check="structure")])
     leave_undecided(verdict, CASE)
     assert [item.nature for item in verdict.findings] == ["undecided" if error <= CAP else "", ""]
-    harmless = amplified(verdict, {("gradients", "head"): spread})
+    verdict.findings = [replace(item, step=3) for item in verdict.findings]
+    # of another step truth's spread says nothing
+    assert amplified(Verdict(findings=list(verdict.findings)), {("gradients", "head"): {4: spread}}) == []
+    harmless = amplified(verdict, {("gradients", "head"): {3: spread}})
     assert len(harmless) == (not fails)
     assert len(verdict.findings) == 1 + fails
+
+
+class FakeWork:
+    """Truth that runs in fp64 or does not."""
+
+    def __init__(self, exact: bool) -> None:
+        self.exact = exact
+        self.nudged: list[Case] = []
+
+    def truth(self, case: Case) -> Evidence:
+        if case.dtype == "float64" and not self.exact:
+            raise OracleFailedError("truth could not be computed: float != double\nand its report")
+        return Evidence(rank=0, facts={"losses": {"3": 1.0}, "norms": {"3": 1.0}})
+
+    def prepare(self, cases: list[Case]) -> None:
+        self.nudged += cases
+
+
+def test_a_failure_under_fp64_is_no_excuse_where_truth_runs() -> None:
+    for exact in (True, False):
+        work, outcome = FakeWork(exact), Outcome(verdict=Verdict(findings=[finding(CAP / 2)]))
+        settle(outcome, work, CASE, lambda _: "rank 1 died")  # type: ignore[arg-type]
+        assert len(outcome.verdict.findings) == 1  # truth has no spread here
+        if exact:
+            assert outcome.extra == {"fp64_failure": "rank 1 died"}
+            assert outcome.verdict.findings[0].nature == ""
+            assert not work.nudged
+        else:
+            assert outcome.extra == {"no_fp64": "truth could not be computed: float != double"}
+            assert outcome.verdict.findings[0].nature == "undecided"
+            assert len(work.nudged) == NUDGES
 
 
 def test_the_cap_lies_between_fp32_and_narrower_formats() -> None:

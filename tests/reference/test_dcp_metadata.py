@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dist_checkpoint
 from torch.distributed.checkpoint import filesystem, metadata
 
+from fsdp_testkit.reference import dcp
 from fsdp_testkit.reference.dcp import Reader, _Plain, single_process
 from fsdp_testkit.reference.errors import LoadError
 
@@ -95,6 +96,15 @@ def halves(content: metadata.Metadata, second: int) -> None:
         content.storage_data[metadata.MetadataIndex("a", torch.Size([row, 0]))] = whole
 
 
+def columns(content: metadata.Metadata) -> None:
+    """Describe ``a`` as three columns twice."""
+    chunk, entry = metadata.ChunkStorageMetadata, content.state_dict_metadata["a"]
+    entry.chunks = [chunk(torch.Size([0, column % 3]), torch.Size([4, 1])) for column in range(6)]
+    whole = content.storage_data[metadata.MetadataIndex("a", torch.Size([0, 0]))]
+    for column in range(3):
+        content.storage_data[metadata.MetadataIndex("a", torch.Size([0, column]))] = whole
+
+
 def nothing(content: metadata.Metadata) -> None:
     content.state_dict_metadata["a"].chunks = []
 
@@ -114,6 +124,7 @@ def scalar(content: metadata.Metadata) -> None:
         (scalar, r"the chunks of 'b' hold 0 elements of 1"),
         (elsewhere, r"the chunk at \(0, 0\) of 'a' lies in no file"),
         (lambda content: halves(content, 3), r"'a' of shape \(4, 3\) has a chunk at \(3, 0\) of shape \(2, 3\)"),
+        (columns, r"chunks of 'a' at \(0, 0\) and \(0, 0\) overlap|hold 24 elements"),
         (lambda content: halves(content, 1), r"chunks of 'a' at \(0, 0\) and \(1, 0\) overlap"),
     ],
 )
@@ -131,3 +142,34 @@ def test_chunks_hold_every_element_once(tmp_path: Path, edit: Any, text: str) ->
 def test_storage_info_is_what_metadata_names() -> None:
     info = filesystem._StorageInfo("file", 0, 1)
     assert load(info) == info
+
+
+def test_metadata_of_other_releases() -> None:
+    """Names of torch before 2.3 and of Python from 3.13 on."""
+    assert _Plain(io.BytesIO(b"cpathlib._local\nPosixPath\n(Va\ntR.")).load() == Path("a")
+    named = b"ctorch.distributed._shard.sharded_tensor.metadata\nTensorProperties\n."
+    assert _Plain(io.BytesIO(named)).load() is metadata.TensorProperties
+    with pytest.raises(pickle.UnpicklingError, match="has no place"):
+        _Plain(io.BytesIO(b"cpathlib._local\nos\n.")).load()
+
+
+def test_metadata_may_lack_what_older_releases_do_not_write(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "dcp")
+    change(folder, lambda content: setattr(content, "storage_meta", None))
+    tensors = {"a": torch.zeros(4, 3)}
+    reader = Reader(folder)
+    dcp.read(folder, tensors, reader)
+    dcp.read(folder, tensors, reader)
+    assert torch.equal(tensors["a"], torch.arange(12.0).view(4, 3))
+
+
+def test_rows_of_a_conjugate(tmp_path: Path) -> None:
+    value = torch.complex(torch.arange(8.0), torch.ones(8)).view(4, 2).conj()
+    with single_process():
+        writer = dist_checkpoint.FileSystemWriter(tmp_path)
+        dist_checkpoint.save({"a": value}, storage_writer=writer)
+    entry = Reader(tmp_path).read_metadata().state_dict_metadata["a"]
+    assert tuple(entry.size) == (4, 2)
+    wanted = torch.zeros(4, 2, dtype=torch.complex64)
+    dcp.read(tmp_path, {"a": wanted})
+    assert torch.equal(wanted, value.resolve_conj())
