@@ -10,7 +10,7 @@ from fsdp_testkit.core.result import Result
 from fsdp_testkit.plugin.lifetime import CLOSING, SESSION
 from fsdp_testkit.plugin.options import RUN_OPTIONS, RunOptions, is_worker
 from fsdp_testkit.plugin.rows import STORE
-from fsdp_testkit.reporting.counts import count, fallen, read_counts
+from fsdp_testkit.reporting.counts import count, fallen, read_counts, vanished
 from fsdp_testkit.reporting.matrix import matrix_lines, total_lines
 from fsdp_testkit.reporting.report import report_document, write_report
 
@@ -43,7 +43,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         ending.errors.extend(config.stash[SESSION].ledger.stale(rows, _everything(options)))
     # with other seeds a router may send tokens elsewhere, and with a fault anything may happen
     if complete and rows and options.counts is not None and not options.engine.fault and not options.engine.seed:
-        ending.errors.extend(fallen(count(rows), read_counts(options.counts)))
+        recorded = read_counts(options.counts)
+        ending.errors.extend(fallen(count(rows), recorded))
+        if _everything(options) is not None and _whole(config):
+            ending.errors.extend(vanished(rows, recorded))
     if options.report is not None and (rows or complete):
         try:
             write_report(options.report, report_document(rows, options.to_dict()))
@@ -98,6 +101,14 @@ def silence(rows: list[Result], options: RunOptions) -> str:
         return ""
     reasons = "; ".join(list(dict.fromkeys(row.reason for row in rows if row.reason))[:3])
     return f"not a single check was run in {len(rows)} rows: {reasons or 'no row gives a reason'}"
+
+
+def _whole(config: pytest.Config) -> bool:
+    """Return whether nothing was left out of what was collected."""
+    left_out = ("keyword", "markexpr", "deselect", "fsdp_shard", "lf")
+    return not any(config.getoption(name, default=None) for name in left_out) and not any(
+        "::" in a for a in config.args
+    )
 
 
 def _everything(options: RunOptions) -> tuple[str, ...] | None:

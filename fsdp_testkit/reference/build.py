@@ -47,6 +47,10 @@ class _Window:
         return identity
 
 
+class _Elsewhere:
+    """Stands for a result that is not on meta."""
+
+
 @dataclass
 class _Call:
     """An operation; in place of tensors on meta stand windows."""
@@ -81,7 +85,7 @@ class Recorder:
 
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Add one call to the record; ``args`` and ``kwargs`` as `before` gave them."""
-        self._calls.append(_Call(function, args, kwargs, mapped(result, _windowed)))
+        self._calls.append(_Call(function, args, kwargs, mapped(result, _placed)))
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what to note of arguments: a call may move them, and a real tensor may be written later."""
@@ -119,7 +123,7 @@ class Recorder:
 
         result = call.function(*mapped(call.args, value), **mapped(call.kwargs, value))
         produced = leaves(result, torch.Tensor)
-        for output, made in zip(leaves(call.result, _Window | torch.Tensor), produced, strict=True):
+        for output, made in zip(leaves(call.result, _Window | _Elsewhere), produced, strict=True):
             if isinstance(output, _Window) and output.identity not in real:
                 real[output.identity] = _laid_out(made, output)
 
@@ -222,6 +226,13 @@ def _windowed(leaf: Any) -> Any:
         return leaf
     # of a real tensor, which may be written later in the constructor, its value now counts
     return _Window.of(leaf) if leaf.is_meta else leaf.detach().clone()
+
+
+def _placed(leaf: Any) -> Any:
+    """Return what to note of a result; a real tensor is not held: where it goes in, its value is noted then."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return _Window.of(leaf) if leaf.is_meta else _Elsewhere()
 
 
 def _view(window: _Window, real: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -51,6 +51,20 @@ def fallen(found: Counts, recorded: Counts) -> list[str]:
     return lines
 
 
+def vanished(rows: Iterable[Result], recorded: Counts) -> list[str]:
+    """Return one line for each test that is recorded for a backend that ran, and has no row: for runs of everything."""
+    ran: dict[str, set[tuple[str, str]]] = {}
+    for row in rows:
+        ran.setdefault(row.backend, set()).add((row.model_type, f"{row.test} {row.variant}"))
+    return [
+        f"{model}: {name} with {backend} did not run, and is recorded"
+        for backend, known in ran.items()
+        for model, tests in recorded.get(backend, {}).items()
+        for name in tests
+        if (model, name) not in known
+    ]
+
+
 def read_counts(path: Path) -> Counts:
     """Read what `write_counts` wrote.
 

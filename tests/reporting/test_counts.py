@@ -8,7 +8,7 @@ import pytest
 
 from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.core.result import Result
-from fsdp_testkit.reporting.counts import count, fallen, read_counts, text_of
+from fsdp_testkit.reporting.counts import count, fallen, read_counts, text_of, vanished
 
 
 def row(checks: int = 10, tensors: int = 4, outcome: str = "passed", **fields: str) -> Result:
@@ -45,6 +45,17 @@ def test_a_fall_is_told(now: list[Result], line: str | None) -> None:
     recorded = count([row(), row(layout="fsdp(3)")])
     lines = fallen(count(now), recorded)
     assert lines == ([] if line is None else [f"llama: dcp default with reference has {line}"])
+
+
+def test_a_test_that_is_gone_is_told() -> None:
+    recorded = count([row(), row(test="resume"), row(model_type="gpt2"), row(backend="mine:Backend", test="resume")])
+    assert vanished([row(checks=1, outcome="failed"), row(test="resume"), row(model_type="gpt2")], recorded) == []
+    assert vanished([row(), row(test="resume")], recorded) == [
+        "gpt2: dcp default with reference did not run, and is recorded"
+    ]
+    assert vanished([row(), row(model_type="gpt2")], recorded) == [
+        "llama: resume default with reference did not run, and is recorded"
+    ]
 
 
 def test_what_is_written_can_be_read(tmp_path: Path) -> None:
