@@ -23,6 +23,8 @@ from fsdp_testkit.reference.adapter import (
 )
 
 META = torch.device("meta")
+#: Operators whose result has no value.
+EMPTY = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
 LITERALS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
 
 
@@ -70,6 +72,16 @@ class _Call:
         """Identities of the storages on meta that it made or wrote into."""
         return _identities((self.result, written_arguments(self.function, self.args, self.kwargs)))
 
+    @property
+    def filled(self) -> frozenset[int]:
+        """Identities of the storages on meta that it gave values: views share theirs, and ``empty`` gives none."""
+        made = _identities(self.result)
+        if isinstance(self.function, torch._ops.OpOverload):
+            if self.function.overloadpacket.__name__ in EMPTY:
+                return frozenset()
+            made -= self.read
+        return made | _identities(written_arguments(self.function, self.args, self.kwargs))
+
 
 class Recorder:
     """Notes the operations on meta tensors while `recording`, and replays those that a tensor depends on."""
@@ -98,7 +110,7 @@ class Recorder:
         from the current generators.
 
         Raises:
-            LookupError: the record does not hold the tensor's creation.
+            LookupError: the record does not hold the tensor's creation, or nothing that gives it a value.
         """
         if not tensor.is_meta:  # made from data that has a device of its own
             return tensor.detach().clone().to(device)
@@ -110,6 +122,8 @@ class Recorder:
             if not needed.isdisjoint(call.written):
                 history.append(call)
                 needed.update(call.read)
+        if history and tensor.numel() and not any(window.identity in call.filled for call in history):
+            raise LookupError("nothing in the record gives this tensor a value")
         real: dict[int, torch.Tensor] = {}
         for call in reversed(history):
             self._replay(call, real)

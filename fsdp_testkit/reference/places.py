@@ -97,7 +97,10 @@ class Places:
         with _seeded():
             for name, recorded in spare.items():
                 out, start = self.window(name)
-                value = recorder.compute(recorded)
+                try:
+                    value = recorder.compute(recorded)
+                except LookupError as error:
+                    raise LoadError(f"{name!r} is in no file, and cannot be computed: {error}") from error
                 out.copy_(value[start : start + out.shape[0]] if out.ndim else value)
 
     def install(self) -> None:

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
+import pytest
 import small
 import torch
 from torch import nn
@@ -190,6 +191,23 @@ def test_a_recorded_initialisation_is_run_for_values_alone() -> None:
     value = recorder.compute(recorded["table"])
     assert value.isfinite().all()
     assert 0.1 < float(value.detach().std()) < 4
+
+
+def test_what_nothing_fills_is_not_computed() -> None:
+    """On meta some functions of ``torch.nn.init`` return at once: their values cannot be had from a record."""
+    recorder = Recorder()
+    with recorder.recording():
+        bare = nn.Parameter(torch.empty(3))
+        late = torch.empty(3)
+        truncated = nn.init.trunc_normal_(torch.empty(4))
+        view = torch.empty(2, 2).view(4)
+        none = torch.empty(0)
+        late.view(3)[:].copy_(torch.ones(3))
+    for tensor in (bare, truncated, view):
+        with pytest.raises(LookupError, match="nothing in the record gives this tensor a value"):
+            recorder.compute(tensor)
+    assert torch.equal(recorder.compute(late), torch.ones(3))
+    assert recorder.compute(none).shape == (0,)
 
 
 def test_forget_meshes(claim: Any) -> None:
