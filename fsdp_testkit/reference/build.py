@@ -146,8 +146,9 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch's classes ar
     """What has to be seen before it becomes operations.
 
     ``torch.tensor(data)`` is made a real tensor first: straight to meta, its data would pass no recorded operation.
-    Functions of ``torch.nn.init`` are noted as they are and not run, since on meta they change nothing: a constructor
-    calls one or two for each layer, and their operations are a third of its time.
+    Those functions of ``torch.nn.init`` that modes see (the uniform, normal and constant ones) are noted as they are
+    and not run, since on meta they change nothing: a constructor calls one or two for each layer, and their operations
+    are a third of its time.
     """
 
     def __init__(self, recorder: Recorder) -> None:

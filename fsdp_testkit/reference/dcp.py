@@ -99,6 +99,7 @@ class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._metadata: Any = None
+        self._sizes: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """Return the folder's metadata, which is read once.
@@ -133,12 +134,6 @@ class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's
         self._metadata = metadata
         return metadata
 
-    def set_up_storage_reader(self, metadata: Any, *args: Any, **kwargs: Any) -> None:
-        """Take the metadata of a load."""
-        super().set_up_storage_reader(metadata, *args, **kwargs)
-        self._entries = metadata.state_dict_metadata
-        self._sizes: dict[str, dict[tuple[int, ...], tuple[int, ...]]] = {}
-
     def read_data(self, plan: Any, planner: Any) -> Any:
         """Fill the tensors of a plan: of a stored chunk, only the rows that are wanted, where torch reads all of it."""
         left = [item for item in plan.items if not self._read_rows(item, planner)]
@@ -152,7 +147,8 @@ class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's
             return False
         name = item.storage_index.fqn
         if name not in self._sizes:
-            self._sizes[name] = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in self._entries[name].chunks}
+            chunks = self._metadata.state_dict_metadata[name].chunks
+            self._sizes[name] = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in chunks}
         sizes = self._sizes[name][tuple(item.storage_index.offset)]
         if wanted == sizes or wanted[1:] != sizes[1:]:
             return False

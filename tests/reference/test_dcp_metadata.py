@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dist_checkpoint
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.tensor import DTensor, Shard
 
 from fsdp_testkit.reference import dcp
 from fsdp_testkit.reference.dcp import Reader, _Plain, single_process
@@ -163,7 +164,7 @@ def test_metadata_may_lack_what_older_releases_do_not_write(tmp_path: Path) -> N
     assert torch.equal(tensors["a"], torch.arange(12.0).view(4, 3))
 
 
-def test_rows_of_a_conjugate(tmp_path: Path) -> None:
+def test_rows_of_a_conjugate(tmp_path: Path, claim: Any) -> None:
     value = torch.complex(torch.arange(8.0), torch.ones(8)).view(4, 2).conj()
     with single_process():
         writer = dist_checkpoint.FileSystemWriter(tmp_path)
@@ -173,3 +174,6 @@ def test_rows_of_a_conjugate(tmp_path: Path) -> None:
     wanted = torch.zeros(4, 2, dtype=torch.complex64)
     dcp.read(tmp_path, {"a": wanted})
     assert torch.equal(wanted, value.resolve_conj())
+    rows = DTensor.from_local(torch.zeros(1, 2, dtype=torch.complex64), claim(2, 4), [Shard(0)], run_check=False)
+    dcp.read(tmp_path, {"a": rows})
+    assert torch.equal(rows.to_local(), value.resolve_conj()[2:3])
