@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from fsdp_testkit.backends.loop import TrainingLoop
 from fsdp_testkit.core.errors import InternalError
 from fsdp_testkit.core.layout import Layout
+
+
+@cache
+def _frozen_by_constructor(model_class: Any, config: str) -> list[str]:
+    """Return the parameters that the constructor leaves untrained; ``config`` is JSON of a config."""
+    with torch.device("meta"):
+        fresh = model_class(model_class.config_class.from_dict(json.loads(config)))
+    return [name for name, parameter in fresh.named_parameters() if not parameter.requires_grad]
 
 
 class DDPBackend(TrainingLoop):
@@ -34,10 +44,8 @@ class DDPBackend(TrainingLoop):
         loader: Any = model_class
         model = loader.from_pretrained(str(checkpoint), dtype=dtype)
         # plain from_pretrained of transformers 5.23 loses a constructor's requires_grad=False
-        with torch.device("meta"):
-            fresh = loader(model.config)
-        for name, parameter in fresh.named_parameters():
-            model.get_parameter(name).requires_grad_(parameter.requires_grad)
+        for name in _frozen_by_constructor(loader, model.config.to_json_string(use_diff=False)):
+            model.get_parameter(name).requires_grad_(False)
         if layout.device == "cuda":
             model = model.to("cuda")
         # unused parameters (towers, cross attention, top-k indexers) are normal in text-only steps

@@ -1,6 +1,8 @@
-"""A small sharded training in the process that ranks are forked from, for what it leaves in memory."""
+"""What is done in the process that ranks are forked from, for what it leaves in memory."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,9 @@ from torch.distributed.fsdp import fully_shard
 
 from fsdp_testkit.backends.groups import fake_group, mesh_of
 from fsdp_testkit.core.layout import Layout
+from fsdp_testkit.reference import units
+from fsdp_testkit.reference.errors import PlanError
+from fsdp_testkit.reference.plan import Plan
 
 LAYOUTS = (Layout(kind="fsdp", shard=2, comm="fake"), Layout(kind="hsdp", replicate=2, shard=2, comm="fake"))
 
@@ -34,6 +39,12 @@ def rehearse() -> bool:
         with fake_group(0, layout.world_size):
             _train(layout)
     return True
+
+
+def read_sources(model: nn.Module) -> None:
+    """Have the reference loader read the source that it looks for readers of weights in; ``model`` may be on meta."""
+    with contextlib.suppress(PlanError):  # the load will say so
+        units.resolve(Plan.parse("auto"), model)
 
 
 def _train(layout: Layout) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import tempfile
 import time
 import traceback
@@ -246,6 +247,7 @@ class Engine:
         if self._harness is not None:
             self._harness.close()
             self._harness = self._jobs = None
+            gc.unfreeze()
         self._folder = None
 
     def case(self, work: SpecWork, test: str, layout: Layout, **fields: object) -> Case:
@@ -314,6 +316,8 @@ class Engine:
             self._jobs = Jobs(self._harness)
             self._folder = self._harness.folder / "models"
             self._folder.mkdir()
+            # evidence is made of many small objects: the collector would look through all of torch for each model
+            gc.freeze()
 
     def _hits(self) -> int:
         return self._past_hits + sum(work.fault_hits for work in self._works.values())

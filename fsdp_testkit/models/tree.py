@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -80,16 +81,18 @@ def read_from_outside(model: nn.Module, parameters: dict[str, dict[str, Any]], m
     tied = [group for group in groups if module and any(name.rpartition(".")[0] == module for name in group)]
     for parts in (name.split(".") for group in tied for name in group):
         for depth in range(len(parts) - 1):  # the last part is read by the holder's own forward: "self.weight"
-            path = re.escape(".".join(parts[depth:]))
-            source = _forward_source(model.get_submodule(".".join(parts[:depth])))
-            if re.search(rf"self\.{path}\b(?!\.(dtype|device|shape)\b)", source):
+            read = f"self.{'.'.join(parts[depth:])}"
+            around: Any = type(model.get_submodule(".".join(parts[:depth])))
+            source = _forward_source(around)
+            if read in source and re.search(rf"{re.escape(read)}\b(?!\.(dtype|device|shape)\b)", source):
                 return True
     return False
 
 
-def _forward_source(module: nn.Module) -> str:
+@cache
+def _forward_source(cls: Any) -> str:
     try:
-        return inspect.getsource(inspect.unwrap(type(module).forward))
+        return inspect.getsource(inspect.unwrap(cls.forward))
     except (OSError, TypeError):  # made at run time
         return ""
 

@@ -8,10 +8,13 @@ replacement waiting for a second item, so that the session never ends (issues 13
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
+
+from fsdp_testkit.plugin.options import RUN_OPTIONS
+from fsdp_testkit.ranks.slots import cores
 
 
 @pytest.hookimpl(wrapper=True)
@@ -41,12 +44,32 @@ def scope_of(nodeid: str) -> str | None:
     return match.group(1) if match else None
 
 
+def superfluous(config: pytest.Config, items: Sequence[str], workers: int) -> int:
+    """Return how many workers of a session would only take time from the others.
+
+    Each worker that runs models has a rank server of its own, which takes seconds to start, and its ranks keep a core
+    busy. That is known of sessions that have nothing but models on this machine's cores.
+    """
+    options = config.stash[RUN_OPTIONS]
+    if options.hosts or options.engine.device != "cpu" or not all(map(scope_of, items)):
+        return 0
+    return max(0, workers - cores())
+
+
 def _make_scheduler(config: pytest.Config, log: Any) -> Any:
     # xdist is an extra: it is imported only where it is in use
     from xdist.scheduler import LoadGroupScheduling
 
     class ModelScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist's classes are untyped here
-        """Groups as usual, FSDP items by class; goes on when a worker has died."""
+        """Groups as usual, FSDP items by class, on no more workers than have a core; goes on when a worker has died."""
+
+        def schedule(self) -> None:
+            """Send workers home that would have no core to themselves, then distribute."""
+            if self.collection is None:
+                first = next(iter(self.registered_collections.values()))
+                for _ in range(superfluous(config, first, len(self.nodes))):
+                    self.assigned_work.popitem()[0].shutdown()
+            super().schedule()
 
         def _split_scope(self, nodeid: str) -> str:
             scope: str = scope_of(nodeid) or super()._split_scope(nodeid)

@@ -8,6 +8,7 @@ system call, so the two ways into a map are counted where they hand out data: sl
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import sys
 from collections.abc import Iterator
@@ -53,21 +54,40 @@ def counting_reads() -> Iterator[BytesRead]:
             counter.mapped += tensor.nbytes
         return tensor
 
-    # by its name alone: a look at every global of every module would copy most of the memory shared with other ranks
-    name = original.__name__
-    places = [
-        (module, name) for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(name) is original
-    ]
-    for module, name in places:
-        setattr(module, name, opened)
+    places = find_readers()
+    for module in places:
+        setattr(module, _NAME, opened)
     torch.frombuffer, plain_map, mmap.mmap = frombuffer, mmap.mmap, _Map  # type: ignore[misc]  # a counting subclass
     try:
         yield counter
     finally:
         counter.stop()
         torch.frombuffer, mmap.mmap = plain, plain_map  # type: ignore[misc]
-        for module, name in places:
-            setattr(module, name, original)
+        for module in places:
+            setattr(module, _NAME, original)
+
+
+#: Modules that hold ``safetensors.safe_open`` under its own name, and the last module that was looked at.
+_readers: list[Any] = []
+_last = ""
+_NAME = safetensors.safe_open.__name__
+
+
+def find_readers() -> list[Any]:
+    """Return the modules that hold ``safe_open``.
+
+    Called where ranks are forked from, it spares them the look at thousands of modules, which would copy as many pages
+    of the memory that they share; they look at what was imported since. For the same reason it goes by the name alone,
+    not by every global of a module.
+    """
+    global _last
+    new = list(itertools.takewhile(lambda name: name != _last, reversed(sys.modules)))
+    found = [*_readers, *(sys.modules[name] for name in new)]
+    holders = [module for module in found if getattr(module, "__dict__", {}).get(_NAME) is safetensors.safe_open]
+    _readers[:] = dict.fromkeys(holders)
+    if new:
+        _last = new[0]
+    return list(_readers)
 
 
 class _Map(mmap.mmap):

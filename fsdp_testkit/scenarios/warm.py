@@ -7,9 +7,11 @@ import json
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from fsdp_testkit.backends.rehearsal import rehearse
+from fsdp_testkit.backends.rehearsal import read_sources, rehearse
 from fsdp_testkit.core.case import Case
+from fsdp_testkit.models.build import meta_model
 from fsdp_testkit.scenarios.common import resolved, tree_of
+from fsdp_testkit.scenarios.reading import find_readers
 
 
 def model(*, case: str) -> None:
@@ -18,10 +20,16 @@ def model(*, case: str) -> None:
     Sharded training is rehearsed with the first model.
     """
     spec = Case.from_json(case).model
-    config, _ = resolved(spec)
+    config, model_class = resolved(spec)
     get_checkpoint_conversion_mapping(config.model_type)
     json.dumps(tree_of(spec)["blocks"])
+    if model_class not in _read:
+        _read.add(model_class)
+        read_sources(meta_model(spec))
+    find_readers()
     _rehearse_once()
 
 
 _rehearse_once = functools.cache(rehearse)
+#: Classes whose sources were read.
+_read: set[type] = set()
