@@ -22,7 +22,7 @@ SOAK_JOBS ?= 10000
 RUNS ?= 10
 TIER ?= core
 MATRIX = $(BIN)/python -m pytest -n $(WORKERS) model_matrix --fsdp-backend $(BACKEND) --fsdp-report $(REPORT) \
-	$(if $(COUNTS),--fsdp-counts $(COUNTS))
+	$(if $(COUNTS),--fsdp-counts $(COUNTS),-o fsdp_counts=)
 
 .PHONY: help install matrix matrix-all test lint museum soak ten-times false-alarms two-hosts fault-table counts format clean
 

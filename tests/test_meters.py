@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from fsdp_testkit.reference import progress
 from fsdp_testkit.scenarios.environment import watching_environment
 from fsdp_testkit.scenarios.memory import MemorySampler, stray_bytes
 from fsdp_testkit.scenarios.meta import AllocationCounter
-from fsdp_testkit.scenarios.reading import counting_reads
+from fsdp_testkit.scenarios.reading import counting_reads, find_readers
 
 SIZE = 24 * 2**20
 
@@ -119,3 +121,22 @@ def test_the_bar_is_for_long_loads(
     bar.add(1000)
     bar.close()
     assert ("loading:" in capsys.readouterr().err) == seen
+
+
+def test_readers_that_come_and_go_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, original = find_readers(), safe_open  # this module's own is replaced too
+    assert sys.modules["safetensors"] in before
+    late = ModuleType("late_reader")
+    vars(late)["safe_open"] = original
+    other = ModuleType("other_reader")
+    vars(other)["safe_open"] = open
+    for module in (late, other, ModuleType("no_reader")):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert find_readers() == [*before, late]
+    assert find_readers() == [*before, late]
+    with counting_reads():
+        assert vars(late)["safe_open"] is not original
+        assert vars(other)["safe_open"] is open
+    assert vars(late)["safe_open"] is original
+    del vars(late)["safe_open"]
+    assert find_readers() == before

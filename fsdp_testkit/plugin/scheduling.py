@@ -51,7 +51,7 @@ def superfluous(config: pytest.Config, items: Sequence[str], workers: int) -> in
     busy. That is known of sessions that have nothing but models on this machine's cores.
     """
     options = config.stash[RUN_OPTIONS]
-    if options.hosts or options.engine.device != "cpu" or not all(map(scope_of, items)):
+    if not items or options.hosts or options.engine.device != "cpu" or not all(map(scope_of, items)):
         return 0
     return max(0, workers - cores())
 

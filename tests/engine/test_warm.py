@@ -47,6 +47,15 @@ def test_a_rehearsal_leaves_nothing_of_its_groups(engine: Engine) -> None:
     }
 
 
+def test_ranks_need_not_look_for_sources(engine: Engine) -> None:
+    work = engine.work(ModelSpec(model_type="llama", tie=True))
+    case = auto_case(engine, work, "auto_vs_ddp")
+    work.prepare([case])  # warms it
+    ((known, new),) = replies(engine, "sources", 1, comm="none", args={"case": case.to_json()})
+    assert min(known) > 0
+    assert new == [0, 0]
+
+
 def test_no_rehearsal_in_a_group(engine: Engine) -> None:
     assert all("in a process group" in error for error in replies(engine, "rehearsed_in_a_group", 2))
 

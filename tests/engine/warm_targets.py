@@ -13,7 +13,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _get_python_sharding_prop_cache_info
 
-from fsdp_testkit.backends.rehearsal import rehearse
+from fsdp_testkit.backends.rehearsal import read_sources, rehearse
+from fsdp_testkit.core.case import Case
+from fsdp_testkit.models import tree
+from fsdp_testkit.models.build import meta_model
+from fsdp_testkit.reference import readers
 from fsdp_testkit.scenarios import train
 
 
@@ -22,6 +26,17 @@ def imports(context: Any, **args: Any) -> list[str]:
     before = set(sys.modules)
     train.run(context, **args)
     return sorted(set(sys.modules) - before)
+
+
+def sources(context: Any, case: str) -> list[list[int]]:
+    """Read sources as a load and the module tree do; return how many were known, and how many were new."""
+    context.observe()
+    model = meta_model(Case.from_json(case).model)
+    memories = (readers._source, tree._forward_source)
+    known = [memory.cache_info().currsize for memory in memories]
+    read_sources(model)
+    tree.module_tree(model)
+    return [known, [memory.cache_info().currsize - before for memory, before in zip(memories, known, strict=True)]]
 
 
 def rehearsed(context: Any) -> dict[str, Any]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from plugin_project import Project
 
 from fsdp_testkit.core.result import SCHEMA
 from fsdp_testkit.engine.catalogue_of_tests import TESTS
+from fsdp_testkit.plugin import scheduling
 from fsdp_testkit.plugin.mixin import METHODS
+from fsdp_testkit.plugin.options import RUN_OPTIONS, EngineOptions, RunOptions
 
 CELLS = set(METHODS.values())
 
@@ -104,7 +108,8 @@ def workers_of_models(project: Project) -> dict[str, set[str]]:
     return workers
 
 
-def test_with_n_each_model_stays_on_one_worker(matrix: Project) -> None:
+def test_with_n_each_model_stays_on_one_worker(matrix: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "cores", lambda: 2)
     result = matrix.run("--fsdp-models", "llama,gpt2,mixtral", "-n2")
     result.assert_outcomes(passed=3 * len(METHODS))
     workers = workers_of_models(matrix)
@@ -117,15 +122,40 @@ def test_with_n_each_model_stays_on_one_worker(matrix: Project) -> None:
     assert len(made) == 2
 
 
+def test_models_go_to_no_more_workers_than_have_a_core(matrix: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "cores", lambda: 2)
+    result = matrix.run("--fsdp-models", "llama,gpt2,mixtral,qwen3,phi", "-n4")
+    result.assert_outcomes(passed=5 * len(METHODS))
+    assert len(set.union(*workers_of_models(matrix).values())) == 2
+
+
+def test_workers_are_superfluous_only_where_they_would_have_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "cores", lambda: 2)
+
+    def config(**fields: Any) -> Any:
+        engine = EngineOptions(device=fields.pop("device", "cpu"))
+        return SimpleNamespace(stash={RUN_OPTIONS: RunOptions(engine=engine, **fields)})
+
+    models = ["test_matrix.py::TestLlama::test_kit_dcp", "test_matrix.py::TestGPT2::test_kit_dcp"]
+    assert [scheduling.superfluous(config(), models, workers) for workers in (1, 2, 3, 6)] == [0, 0, 1, 4]
+    # whoever has tests of another kind wants them on all workers
+    assert scheduling.superfluous(config(), [*models, "test_other.py::test_mine"], 6) == 0
+    assert scheduling.superfluous(config(), [], 6) == 0
+    # these ranks keep other machines or GPUs busy
+    assert scheduling.superfluous(config(hosts=("a", "b")), models, 6) == 0
+    assert scheduling.superfluous(config(device="cuda"), models, 6) == 0
+
+
 def test_a_chosen_distribution_is_kept(matrix: Project) -> None:
     result = matrix.run("--fsdp-models", "llama", "-n2", "--dist=load", "-v")
     result.stdout.fnmatch_lines(["scheduling tests via LoadScheduling"])
 
 
+@pytest.mark.parametrize("workers", ["-n2", "-n4"])
 @pytest.mark.parametrize("method", ["sharding_structure", "dcp"])
-def test_rows_of_finished_items_survive_a_dead_worker(matrix: Project, method: str) -> None:
+def test_rows_of_finished_items_survive_a_dead_worker(matrix: Project, method: str, workers: str) -> None:
     matrix.outcomes(**{f"llama__{method}": "die"})
-    result = matrix.run("--fsdp-models", "llama,gpt2", "-n2", "--fsdp-report=report.json", subprocess=True)
+    result = matrix.run("--fsdp-models", "llama,gpt2", workers, "--fsdp-report=report.json", subprocess=True)
     assert result.ret == 1
     rows = matrix.rows()
     deaths = dict.fromkeys(TESTS[method].variants, "error")
