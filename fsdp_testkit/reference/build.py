@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from fsdp_testkit.reference.adapter import (
 META = torch.device("meta")
 #: Operators whose result has no value.
 EMPTY = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
-LITERALS = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor)
+LITERALS = frozenset((torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: several are made for each operation, and frozen ones take twice as long
 class _Window:
     """Where a tensor on meta lay when a call was noted: ``x.data = y`` or ``x.t_()`` may move it later."""
 
@@ -158,15 +159,19 @@ class _Functions(TorchFunctionMode):  # type: ignore[misc]  # torch's classes ar
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if getattr(function, "__module__", "") == nn.init.__name__:
-            filled = args[0] if args else kwargs.get("tensor")
-            if isinstance(filled, torch.Tensor) and filled.is_meta:
-                self.recorder.note(function, *self.recorder.before(args, kwargs), filled)
-                return filled
-        device = kwargs.get("device")
-        if function not in LITERALS or (device is not None and torch.device(device) != META):
+        kwargs = kwargs or {}
+        if function not in LITERALS:
+            # most calls are of builtins, such as the getter of a shape
+            if type(function) is FunctionType and function.__module__ == nn.init.__name__:
+                filled = args[0] if args else kwargs.get("tensor")
+                if isinstance(filled, torch.Tensor) and filled.is_meta:
+                    self.recorder.note(function, *self.recorder.before(args, kwargs), filled)
+                    return filled
             return function(*args, **kwargs)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device) != META:
+            return function(*args, **kwargs)
+        kwargs = dict(kwargs)
         data = args[0] if args else kwargs.get("data")
         if isinstance(data, torch.Tensor) and data.is_meta:
             return function(*args, **kwargs)
