@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,18 @@ from fsdp_testkit.core.errors import InternalError
 from fsdp_testkit.core.layout import Layout
 
 
-@cache
-def _frozen_by_constructor(model_class: Any, config: str) -> list[str]:
-    """Return the parameters that the constructor leaves untrained; ``config`` is JSON of a config."""
-    with torch.device("meta"):
-        fresh = model_class(model_class.config_class.from_dict(json.loads(config)))
-    return [name for name, parameter in fresh.named_parameters() if not parameter.requires_grad]
+#: (class, config) -> parameters that the constructor leaves untrained.
+_frozen: dict[tuple[Any, str], list[str]] = {}
+
+
+def _frozen_by_constructor(model_class: Any, config: Any) -> list[str]:
+    """Return the parameters that the constructor leaves untrained; a model is built for it once in a process."""
+    key = model_class, config.to_json_string(use_diff=False)
+    if key not in _frozen:
+        with torch.device("meta"):
+            fresh = model_class(config)
+        _frozen[key] = [name for name, parameter in fresh.named_parameters() if not parameter.requires_grad]
+    return _frozen[key]
 
 
 class DDPBackend(TrainingLoop):
@@ -44,7 +48,7 @@ class DDPBackend(TrainingLoop):
         loader: Any = model_class
         model = loader.from_pretrained(str(checkpoint), dtype=dtype)
         # plain from_pretrained of transformers 5.23 loses a constructor's requires_grad=False
-        for name in _frozen_by_constructor(loader, model.config.to_json_string(use_diff=False)):
+        for name in _frozen_by_constructor(loader, model.config):
             model.get_parameter(name).requires_grad_(False)
         if layout.device == "cuda":
             model = model.to("cuda")
