@@ -13,7 +13,6 @@ from fsdp_testkit.backends.loop import TrainingLoop
 from fsdp_testkit.core.errors import InternalError
 from fsdp_testkit.core.layout import Layout
 
-
 #: (class, config) -> parameters that the constructor leaves untrained.
 _frozen: dict[tuple[Any, str], list[str]] = {}
 

@@ -208,6 +208,9 @@ class Engine:
             raise
         except Exception:  # whatever breaks in the parent is an error of this row, not of the session
             outcomes = [Outcome.error(traceback.format_exc())]
+        if not missing and (seed := self.work(spec).seed) != self.settings.seed:
+            for outcome in outcomes:
+                outcome.extra["seed"] = seed
         if self.settings.fault and not missing:
             judge_hits(outcomes, self._hits() - hits_before)
         seconds = (time.monotonic() - started) / len(outcomes)
@@ -251,13 +254,13 @@ class Engine:
         self._folder = None
 
     def case(self, work: SpecWork, test: str, layout: Layout, **fields: object) -> Case:
-        """Return a case of the backend under test with this engine's settings."""
+        """Return a case of the backend under test with this engine's settings and the seed of ``work``."""
         layout = self._placed(layout)
         case = Case(
             model=work.spec,
             layout=layout,
             backend=self.settings.backend,
-            seed=self.settings.seed,
+            seed=work.seed,
             fault=self.settings.fault,
         )
         return replace(case, **fields).with_options(test=test)  # type: ignore[arg-type]
@@ -287,7 +290,9 @@ class Engine:
         assert self._folder is not None
         assert self._jobs is not None
         folder = Path(tempfile.mkdtemp(prefix=f"{spec.model_type}-{spec.variant}-", dir=self._folder))
-        self._works[spec] = SpecWork(self._jobs, spec, folder=folder, deadline=self.settings.deadline)
+        self._works[spec] = SpecWork(
+            self._jobs, spec, folder=folder, deadline=self.settings.deadline, seed=self.settings.seed
+        )
         return self._works[spec]
 
     def _default(self, spec: ModelSpec) -> ModelSpec:

@@ -18,6 +18,10 @@ from fsdp_testkit.engine.jobs import SCENARIOS, Jobs, Order, Run
 TRUTH_OPTIONS = ("split", "few", "mixed_precision", "evaluate", "nudge")
 
 
+#: From a seed to the one that is tried after it; far from those that people choose.
+SEED_STEP = 100_003
+
+
 class OracleFailedError(InternalError):
     """Truth or DDP could not be computed: nothing can be judged."""
 
@@ -25,9 +29,13 @@ class OracleFailedError(InternalError):
 class SpecWork:
     """Work shared by the tests of one `ModelSpec`. Everything lies under one folder."""
 
-    def __init__(self, jobs: Jobs, spec: ModelSpec, *, folder: Path, deadline: float) -> None:
+    def __init__(self, jobs: Jobs, spec: ModelSpec, *, folder: Path, deadline: float, seed: int) -> None:
         self.spec = spec
         self.jobs = jobs
+        #: Of weights, batches and dropout of all cases.
+        self.seed = seed
+        #: Whether the seed is final: something beside truth was run with it.
+        self.settled = False
         self._deadline = deadline
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +61,20 @@ class SpecWork:
         self._runs.clear()
         self._truth.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def reseed(self) -> None:
+        """Go on with another seed; the truth of the last one and its checkpoint are forgotten.
+
+        Raises:
+            InternalError: the seed is settled.
+        """
+        if self.settled:
+            raise InternalError(
+                f"{self.spec.model_type} has been run with seed {self.seed}: it cannot take another one"
+            )
+        self.seed = (self.seed + SEED_STEP) % 2**32
+        self._truth.clear()
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Compute the truth of several cases in one process; the first call writes the checkpoint."""
@@ -123,6 +145,7 @@ class SpecWork:
             deadline=self._deadline,
             role=role(target, case),
         )
+        self.settled = self.settled or order.role != "truth"
         run = self.jobs.run(order)
         self.fault_hits += run.fault_hits
         return run

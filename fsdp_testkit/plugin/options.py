@@ -83,7 +83,10 @@ _TEXT_OPTIONS: dict[str, tuple[str, str]] = {
     "family": ("NAMES", "of the selected models those of these families: dense, moe, hybrid, ..."),
     "backend": ("NAME", "implementation under test: reference, transformers or package.module:Class"),
     "report": ("FILE.json", "write all result rows there; an existing file is replaced at the end"),
-    "seed": ("N", "seed of weights, batches and dropout (default 0)"),
+    "seed": (
+        "N",
+        "seed of weights, batches and dropout (default 0); another one for a model whose experts it would not reach",
+    ),
     "deadline": ("SECONDS", "time limit of one job on the ranks (default 60)"),
     "tier": ("NAME", "core, or extended for the core tests and more (default core)"),
     "device": ("NAME", "cpu or cuda (default cpu)"),
