@@ -208,9 +208,10 @@ class Engine:
             raise
         except Exception:  # whatever breaks in the parent is an error of this row, not of the session
             outcomes = [Outcome.error(traceback.format_exc())]
-        if not missing and (seed := self.work(spec).seed) != self.settings.seed:
+        work = self._works.get(spec)
+        if work is not None and work.seed != self.settings.seed:
             for outcome in outcomes:
-                outcome.extra["seed"] = seed
+                outcome.extra["seed"] = work.seed
         if self.settings.fault and not missing:
             judge_hits(outcomes, self._hits() - hits_before)
         seconds = (time.monotonic() - started) / len(outcomes)
