@@ -4,13 +4,9 @@ import sys
 import tempfile
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
-
-NAME = "model.norm.weight"
 
 
 def save_averaged(model: LlamaForCausalLM, folder: str, **arguments: bool) -> None:
@@ -20,28 +16,22 @@ def save_averaged(model: LlamaForCausalLM, folder: str, **arguments: bool) -> No
 
 
 def rank_main(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
     save_averaged(model, f"{folder}/sharded", is_main_process=rank == 0)
-    dist.barrier()  # nobody leaves before all is written
-    dist.destroy_process_group()
-
-
-def main() -> int:
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(config).save_pretrained(folder)
-        save_averaged(LlamaForCausalLM.from_pretrained(folder), f"{folder}/plain")
-        mp.spawn(rank_main, args=(folder,), nprocs=2)
-        plain, sharded = (load_file(f"{folder}/{name}/model.safetensors") for name in ("plain", "sharded"))
-    different = [name for name, value in plain.items() if not torch.equal(value, sharded[name])]
-    print(f"given a state dict of zeros: one process stores {NAME} {plain[NAME][:4].tolist()}")
-    print(f"                             two ranks store    {NAME} {sharded[NAME][:4].tolist()}")
-    print(f"{len(different)} of {len(plain)} tensors are not those that were given")
-    return int(bool(different))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(tiny).save_pretrained(folder)
+        save_averaged(LlamaForCausalLM.from_pretrained(folder), f"{folder}/plain")
+        torch.multiprocessing.spawn(rank_main, args=(folder,), nprocs=2)
+        plain, sharded = (load_file(f"{folder}/{name}/model.safetensors") for name in ("plain", "sharded"))
+    different = [name for name in plain if not torch.equal(plain[name], sharded[name])]
+    norm = "model.norm.weight"
+    print(f"given a state dict of zeros: one process stores {norm} {plain[norm][:4].tolist()}")
+    print(f"                             two ranks store    {norm} {sharded[norm][:4].tolist()}")
+    print(f"{len(different)} of {len(plain)} tensors are not those that were given")
+    sys.exit(bool(different))
