@@ -18,6 +18,8 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.evidence import Evidence
 from fsdp_testkit.core.finding import Finding, Verdict
 
+#: What the name of a check begins with where DDP is what was judged.
+ORACLE = "oracle_"
 #: Checks whose findings may be rounding: an fp64 run decides.
 NUMERIC = frozenset({"losses", "gradients", "gradient_norm", "weights", "gathered_weights", "optimizer"})
 
@@ -53,7 +55,7 @@ def judge_oracles(ddp: list[Evidence], truth: Evidence, case: Case) -> Verdict:
     verdict = check_training(ddp, truth, plain, "truth")
     verdict.add(check_replicas(ddp, plain))
     verdict.findings = [
-        replace(finding, check=f"oracle_{finding.check}", message=f"DDP disagrees with truth: {finding.message}")
+        replace(finding, check=f"{ORACLE}{finding.check}", message=f"DDP disagrees with truth: {finding.message}")
         for finding in verdict.findings
     ]
     return verdict
@@ -77,6 +79,15 @@ def check_clipping(truth: Evidence, case: Case) -> Verdict:
 def needs_fp64(verdict: Verdict, case: Case) -> bool:
     """Whether findings could be rounding."""
     return case.dtype == "float32" and any(base(finding) in NUMERIC for finding in verdict.findings)
+
+
+def in_doubt(verdict: Verdict) -> tuple[bool, bool]:
+    """Return whether a number of DDP's, and whether one of the run under test, is in doubt: fp64 decides each alone.
+
+    Against truth: where both agree with it in fp64, they agree with each other.
+    """
+    names = [finding.check for finding in verdict.findings if base(finding) in NUMERIC]
+    return any(name.startswith(ORACLE) for name in names), any(not name.startswith(ORACLE) for name in names)
 
 
 def amplified(verdict: Verdict, found: Spread) -> list[Finding]:
@@ -140,4 +151,4 @@ def leave_undecided(verdict: Verdict, case: Case) -> None:
 
 def base(finding: Finding) -> str:
     """Return the check's name without the oracle prefix."""
-    return finding.check.removeprefix("oracle_")
+    return finding.check.removeprefix(ORACLE)

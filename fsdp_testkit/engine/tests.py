@@ -30,7 +30,15 @@ from fsdp_testkit.core.evidence import Evidence, TensorData
 from fsdp_testkit.core.finding import Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.explain import look_closer
-from fsdp_testkit.engine.judge import amplified, decide_rounding, judge_training, leave_undecided, needs_fp64
+from fsdp_testkit.engine.judge import (
+    amplified,
+    decide_rounding,
+    in_doubt,
+    judge_oracles,
+    judge_training,
+    leave_undecided,
+    needs_fp64,
+)
 from fsdp_testkit.engine.outcome import Outcome, judged
 from fsdp_testkit.engine.work import OracleFailedError, Run, SpecWork
 from fsdp_testkit.models.expectations import UNREPEATABLE_DROPOUT
@@ -332,9 +340,18 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
     outcome = judged(case, run, lambda: judge_training(run.get(), ddp, truth, case))
 
     def exact_verdict(exact: Case) -> Verdict | str:
-        work.expect_ddp(exact)
-        again = work.train(exact)
-        return again.failure or judge_training(again.get(), work.ddp(exact), work.truth(exact), exact)
+        verdict = Verdict.empty()
+        of_ddp, of_run = in_doubt(outcome.verdict)
+        if of_ddp and of_run:
+            work.expect_ddp(exact)
+        if of_run:
+            again = work.train(exact)
+            if again.failure:
+                return again.failure
+            verdict.add(check_training(again.get(), work.truth(exact), exact, "truth"))
+        if of_ddp:
+            verdict.add(judge_oracles(work.ddp(exact), work.truth(exact), exact))
+        return verdict
 
     settle(outcome, work, case, exact_verdict)
     look_closer(outcome, work, case, run.get(), truth)

@@ -13,7 +13,7 @@ from fsdp_testkit.core.finding import Finding, Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.core.result import Result
 from fsdp_testkit.engine.engine import Engine
-from fsdp_testkit.engine.judge import amplified, decide_rounding, leave_undecided
+from fsdp_testkit.engine.judge import amplified, decide_rounding, in_doubt, leave_undecided
 from fsdp_testkit.engine.outcome import Outcome
 from fsdp_testkit.engine.tests import settle
 from fsdp_testkit.engine.work import OracleFailedError
@@ -124,8 +124,25 @@ def run(engine: Engine, fault: type) -> Result:
     return row
 
 
+@pytest.mark.parametrize(
+    ("checks", "doubt"),
+    [
+        (["gradients"], (False, True)),
+        (["oracle_gradients", "structure"], (True, False)),
+        (["oracle_losses", "weights"], (True, True)),
+        (["structure", "oracle_replicas"], (False, False)),
+    ],
+)
+def test_whose_numbers_are_in_doubt(checks: list[str], doubt: tuple[bool, bool]) -> None:
+    assert in_doubt(Verdict(findings=[finding(CAP / 2, check) for check in checks])) == doubt
+
+
 def test_another_order_of_sums_is_reported_and_passes(engine: Engine) -> None:
     row = run(engine, OtherOrderOfSums)
+    (work,) = (work for spec, work in engine._works.items() if spec.tie is False)
+    again = [Case.from_json(key.split(" ", 1)[1]) for key in work._runs if "float64" in key]
+    # DDP agreed with truth in fp32: nothing of it is in doubt
+    assert [case.backend for case in again] == ["reference"]
     assert (row.outcome, row.findings) == ("passed", [])
     assert {item["nature"] for item in row.extra["rounding"]} == {"rounding"}
     text = ["".join(segment.text for segment in line) for line in total_lines([row])]
