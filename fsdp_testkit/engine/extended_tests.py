@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fsdp_testkit.checks import extended as checks
@@ -18,7 +19,7 @@ from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.explain import look_closer
 from fsdp_testkit.engine.judge import judge_training
 from fsdp_testkit.engine.outcome import Outcome, judged
-from fsdp_testkit.engine.tests import FSDP2, MAX_NORMS, auto_case, capabilities, ignored_tie, settle
+from fsdp_testkit.engine.tests import FSDP2, MAX_NORMS, auto_case, capabilities, doubted_again, ignored_tie, settle
 from fsdp_testkit.engine.work import Run, SpecWork
 from fsdp_testkit.models.plans import manual_plan
 
@@ -237,11 +238,8 @@ def trained(work: SpecWork, case: Case, target: str = "extended:run") -> Outcome
     # routing is the core tier's business: a few steps need not reach all experts
     outcome = judged(case, run, lambda: judge_training(run.get(), ddp, truth, case, routed=False))
 
-    def exact_verdict(exact: Case) -> Verdict | str:
-        again = watched(work, exact, target)
-        return again.failure or judge_training(again.get(), work.ddp(exact), work.truth(exact), exact, routed=False)
-
-    settle(outcome, work, case, exact_verdict)
+    again = partial(doubted_again, work, outcome.verdict, partial(watched, work, target=target))
+    settle(outcome, work, case, again)
     look_closer(outcome, work, case, run.get(), truth)
     return outcome
 

@@ -339,23 +339,32 @@ def training(engine: Engine, work: SpecWork, case: Case) -> list[Outcome]:
     truth, ddp = work.truth(case), work.ddp(case)
     outcome = judged(case, run, lambda: judge_training(run.get(), ddp, truth, case))
 
-    def exact_verdict(exact: Case) -> Verdict | str:
-        verdict = Verdict.empty()
-        of_ddp, of_run = in_doubt(outcome.verdict)
-        if of_ddp and of_run:
-            work.expect_ddp(exact)
-        if of_run:
-            again = work.train(exact)
-            if again.failure:
-                return again.failure
-            verdict.add(check_training(again.get(), work.truth(exact), exact, "truth"))
-        if of_ddp:
-            verdict.add(judge_oracles(work.ddp(exact), work.truth(exact), exact))
-        return verdict
-
-    settle(outcome, work, case, exact_verdict)
+    settle(outcome, work, case, partial(doubted_again, work, outcome.verdict, work.train))
     look_closer(outcome, work, case, run.get(), truth)
     return [outcome]
+
+
+def doubted_again(work: SpecWork, verdict: Verdict, train: Callable[[Case], Run], exact: Case) -> Verdict | str:
+    """Return the fp64 verdict over what is in doubt in ``verdict``, or why the code under test did not get so far.
+
+    Args:
+        work: the model's.
+        verdict: of the case in its own dtype.
+        train: runs the code under test.
+        exact: the case in fp64.
+    """
+    found = Verdict.empty()
+    of_ddp, of_run = in_doubt(verdict)
+    if of_ddp and of_run:
+        work.expect_ddp(exact)
+    if of_run:
+        again = train(exact)
+        if again.failure:
+            return again.failure
+        found.add(check_training(again.get(), work.truth(exact), exact, "truth"))
+    if of_ddp:
+        found.add(judge_oracles(work.ddp(exact), work.truth(exact), exact))
+    return found
 
 
 def settle(outcome: Outcome, work: SpecWork, case: Case, exact_verdict: Callable[[Case], Verdict | str]) -> None:
