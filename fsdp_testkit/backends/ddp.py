@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fsdp_testkit.backends.loop import TrainingLoop
+from fsdp_testkit.backends.pairs import average_in_pairs
 from fsdp_testkit.core.errors import InternalError
 from fsdp_testkit.core.layout import Layout
 
+#: Ranks over which a sum has one order.
+ONE_ORDER = 2
 #: (class, config) -> parameters that the constructor leaves untrained.
 _frozen: dict[tuple[Any, str], list[str]] = {}
 
@@ -54,7 +58,10 @@ class DDPBackend(TrainingLoop):
         # unused parameters (towers, cross attention, top-k indexers) are normal in text-only steps
         # reversible blocks run a backward inside of backward, which DDP takes in a static graph only
         static = any(hasattr(module, "backward_pass") for module in model.modules())
-        return DistributedDataParallel(model, find_unused_parameters=not static, static_graph=static)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=not static, static_graph=static)
+        if dist.get_world_size() > ONE_ORDER:
+            wrapped.register_comm_hook(None, average_in_pairs)
+        return wrapped
 
     def save(self, model: nn.Module, folder: Path, *, layout: str) -> None:
         """Not offered: the oracle saves nothing."""
