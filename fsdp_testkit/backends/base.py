@@ -33,6 +33,9 @@ CAPABILITIES = frozenset(
         "activation_checkpointing",
         "gradient_sync",
         "nonfinite_guard",
+        # no test needs it: nothing of a process group is kept beyond a load, so that a process may leave its group and
+        # load in another one; tests are then run in fewer processes
+        "regroup",
     }
 )
 

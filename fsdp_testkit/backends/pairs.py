@@ -22,7 +22,7 @@ def average_in_pairs(state: None, bucket: dist.GradBucket) -> torch.futures.Futu
     own = bucket.buffer()
     world = dist.get_world_size()
     found = own.new_empty((world, own.numel()))
-    work = dist.all_gather_into_tensor(found.view(-1), own, async_op=True)
+    work = dist.all_gather_single(found.view(-1), own, async_op=True)
     assert work is not None
 
     def average(_: torch.futures.Future[Any]) -> torch.Tensor:

@@ -276,10 +276,15 @@ class Engine:
         comm, _ = pick_comm("cuda", layout.world_size, torch.cuda.device_count())
         return replace(layout, device="cuda", comm=comm)
 
-    def _missing_capabilities(self, test: str) -> list[str]:
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the backend under test can express."""
         from fsdp_testkit.backends.registry import make_backend
 
-        return sorted(TESTS[test].needs - make_backend(self.settings.backend).capabilities)
+        return make_backend(self.settings.backend).capabilities
+
+    def _missing_capabilities(self, test: str) -> list[str]:
+        return sorted(TESTS[test].needs - self.capabilities)
 
     def work(self, spec: ModelSpec) -> SpecWork:
         """Return the shared work of a spec; asking for another model forgets the last one's."""
@@ -319,7 +324,7 @@ class Engine:
             )
             if self.settings.trust_remote_code:
                 self._harness.env.update(consent(self._harness.folder))
-            self._jobs = Jobs(self._harness)
+            self._jobs = Jobs(self._harness, regroups=self._hosts is None and "regroup" in self.capabilities)
             self._folder = self._harness.folder / "models"
             self._folder.mkdir()
             # evidence is made of many small objects: the collector would look through all of torch for each model

@@ -20,7 +20,14 @@ TALLY = "fault_hits"
 #: Jobs in one batch: what a job leaves in memory stays until the batch ends.
 LARGEST_BATCH = 16
 #: role -> (place of its group among those of one size, turn within it); what others wait for comes first.
-_PLACES = {"truth": (0, 0), "oracle": (1, 0), "backend": (1, 1), "claims": (2, 0), "lone": (3, 0)}
+_PLACES = {
+    "truth": (0, 0),
+    "oracle": (1, 0),
+    "backend": (1, 1),
+    "plain": (2, 0),
+    "claims": (2, 1),
+    "lone": (3, 0),
+}
 
 
 @dataclass(slots=True)
@@ -61,9 +68,11 @@ class Order:
         comm: process group that the ranks find.
         name: for reports.
         deadline: seconds.
-        role: ``truth``, ``oracle``, ``backend``, ``claims`` or ``lone`` (it breaks its group). Jobs of the oracle and
-            of the backend share processes, the oracle's first: nothing that the code under test leaves behind
-            reaches those that judge it. Jobs of other roles are among themselves.
+        role: ``truth``, ``oracle``, ``backend``, ``plain``, ``claims`` or ``lone`` (it breaks its group). Jobs of the
+            oracle and of the backend share processes, the oracle's first: nothing that the code under test leaves
+            behind reaches those that judge it. So do a plain load and claims. Others are among themselves.
+        follows: whether it goes on from what another job has written. Such a job may run in the first ranks of a larger
+            one, in a process group of its own.
     """
 
     target: str
@@ -73,6 +82,7 @@ class Order:
     name: str
     deadline: float
     role: str
+    follows: bool = False
 
     @property
     def key(self) -> str:
@@ -85,9 +95,18 @@ class Order:
         return self.layout.world_size, _PLACES[self.role][0], self.comm, self.layout.device
 
     @property
-    def turn(self) -> int:
-        """Jobs of one group are run in ascending order of it."""
-        return _PLACES[self.role][1]
+    def turn(self) -> tuple[int, int]:
+        """Jobs that are run in one go are run in ascending order of it: worlds get smaller."""
+        return _PLACES[self.role][1], -self.layout.world_size
+
+    def fits_in(self, group: tuple[int, int, str, str]) -> bool:
+        """Return whether it may run in the first ranks of a group of jobs."""
+        size, *kind = self.group
+        return self.follows and self.comm in ("gloo", "nccl") and size <= group[0] and kind == list(group[1:])
+
+    def part(self) -> dict[str, Any]:
+        """Return it as a part of ``batch:run``."""
+        return {"target": f"{SCENARIOS}.{self.target}", "args": self.args, "ranks": self.layout.world_size}
 
     def job(self, deadline: float) -> Job:
         """Return it as a job of the harness."""
@@ -107,28 +126,47 @@ class Order:
 class Jobs:
     """Runs orders on a harness; procedures inside `together` have theirs put together.
 
+    Jobs that follow others wait until the largest job that is waited for, and run in its first ranks.
+
     A batch that fails is no verdict: what had ended before is kept, what was under way is run alone and judged
     by that, and the rest goes on in a batch of its own. After a batch that hung there are no more batches.
+
+    Args:
+        harness: runs them.
+        regroups: whether ranks may leave their process group for a smaller one: the code under test keeps nothing of a
+            group beyond a load, and all ranks are on this machine.
     """
 
-    def __init__(self, harness: Harness) -> None:
+    def __init__(self, harness: Harness, *, regroups: bool = False) -> None:
         self.harness = harness
+        self.regroups = regroups
         self.together = Together(self._choose, self._run_requests)
         self._batches = True
         self._broken: JobFailure | None = None
 
     def run(self, order: Order) -> Run:
         """Run an order, now or together with others', and return its outcome."""
-        if self.together.inside:
-            run: Run = self.together.ask(order.key, order)
-            return run
-        return self._alone(order)
+        return self.run_all([order])[0]
 
-    @staticmethod
-    def _choose(requests: Sequence[Request]) -> list[Request]:
-        first = min(request.payload.group for request in requests)
-        chosen = [request for request in requests if request.payload.group == first]
-        return sorted(chosen, key=lambda request: int(request.payload.turn))[:LARGEST_BATCH]
+    def run_all(self, orders: Sequence[Order]) -> list[Run]:
+        """Run orders that need nothing of each other and return their outcomes."""
+        if self.together.inside:
+            return self.together.ask_all([(order.key, order) for order in orders])
+        return [self._alone(order) for order in orders]
+
+    def _choose(self, requests: Sequence[Request]) -> list[Request]:
+        leading = [request for request in requests if not (self.regroups and request.payload.follows)]
+        if leading:
+            first = min(request.payload.group for request in leading)
+            last = first == max(request.payload.group for request in leading)
+        else:
+            first, last = max(request.payload.group for request in requests), True
+        chosen = [
+            request
+            for request in requests
+            if request.payload.group == first or (self.regroups and last and request.payload.fits_in(first))
+        ]
+        return sorted(chosen, key=lambda request: tuple(request.payload.turn))[:LARGEST_BATCH]
 
     def _run_requests(self, requests: list[Request]) -> None:
         left = list(requests)
@@ -153,9 +191,9 @@ class Jobs:
         whole = replace(
             first,
             target="batch:run",
-            args={"parts": [{"target": f"{SCENARIOS}.{o.target}", "args": o.args} for o in orders]},
+            args={"parts": [o.part() for o in orders]},
             # which ranks have to lie on one host is said by the layout with a replicate axis, if there is one
-            layout=max((order.layout for order in orders), key=lambda layout: layout.kind == "hsdp"),
+            layout=max((o.layout for o in orders), key=lambda layout: (layout.world_size, layout.kind == "hsdp")),
             name=f"{first.name} and {len(orders) - 1} more",
         )
         # a batch takes longer than one job, and is never the last word on a hang
@@ -165,7 +203,7 @@ class Jobs:
             if report.failure is not None and report.failure.kind == "hang":
                 self._batches = False
             for index, request in enumerate(requests):
-                run = _finished(report, index, first.layout.world_size)
+                run = _finished(report, index, orders[index].layout.world_size)
                 if run is None:
                     return index
                 request.result = run

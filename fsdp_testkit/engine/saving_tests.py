@@ -13,7 +13,7 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.finding import Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.outcome import Outcome, judged
-from fsdp_testkit.engine.tests import FSDP2, auto_case, capabilities, is_tied, load_elsewhere
+from fsdp_testkit.engine.tests import FSDP2, auto_case, capabilities, is_tied, judge_load, load_order
 from fsdp_testkit.engine.work import Run, SpecWork
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ def saved_and_reloaded(
             full = trained_weights(run.get(), this.layout)
             if layout == "safetensors":
                 part.verdict.add(check_files(folder, work.checkpoint, is_tied(work.truth(auto_case(engine, work, "")))))
-            part.verdict.add(load_elsewhere(work, this, folder, run, full, [str(this.layout)]))
+            layouts = [str(this.layout)]
+            (loaded,) = work.run([load_order(work, this, folder, layouts)])
+            part.verdict.add(judge_load(this, run, full, layouts, loaded))
         outcome.verdict.add(part.verdict)
         outcome.extra |= part.extra
         outcome.case = this if part.verdict.findings else outcome.case

@@ -30,6 +30,7 @@ from fsdp_testkit.core.evidence import Evidence, TensorData
 from fsdp_testkit.core.finding import Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.explain import look_closer
+from fsdp_testkit.engine.jobs import Order
 from fsdp_testkit.engine.judge import (
     amplified,
     decide_rounding,
@@ -106,7 +107,7 @@ def buffers_dtypes(engine: Engine, work: SpecWork) -> list[Outcome]:
     truth, truth_half = work.truth(cases[0]), work.truth(half)
     run = work.train(case)
     outcome = judged(case, run, lambda: check_buffers(run.get(), truth).add(check_dtypes(run.get(), truth)))
-    run_half = work.train(half)
+    run_half = work.train(half, follows=True)
     outcome_half = judged(
         half,
         run_half,
@@ -171,11 +172,17 @@ def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
     tied = is_tied(work.truth(cases[0]))
     outcome = judged(case, saved, lambda: check_trained(saved.get()).add(check_traffic(saved.get())))
     single = Layout(kind="single")
-    plain = work.job(
-        "saving:plain",
-        {"case": case.to_json(), "folder": str(folder)},
-        single,
-        name=f"{work.spec.model_type} plain reload",
+    layouts = (["fsdp(2)"], ["fsdp(3)"])
+    plain, *elsewhere = work.run(
+        [
+            work.order(
+                "saving:plain",
+                {"case": case.to_json(), "folder": str(folder)},
+                single,
+                name=f"{work.spec.model_type} plain reload",
+            ),
+            *(load_order(work, case, folder, places) for places in layouts),
+        ]
     )
     # the checkpoint is what a single-process save_pretrained writes for this model
     outcome.verdict.add(check_files(folder, work.checkpoint, tied))
@@ -190,8 +197,8 @@ def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
             ),
         ).verdict
     )
-    for layouts in (["fsdp(2)"], ["fsdp(3)"]):
-        outcome.verdict.add(load_elsewhere(work, case, folder, saved, full, layouts))
+    for places, run in zip(layouts, elsewhere, strict=True):
+        outcome.verdict.add(judge_load(case, saved, full, places, run))
     look_closer(outcome, work, case, saved.get(), work.truth(cases[0]))
     return [outcome]
 
@@ -211,8 +218,10 @@ def dcp(engine: Engine, work: SpecWork) -> list[Outcome]:
         return [judged(case, saved, Verdict.empty)]
     full = trained_weights(saved.get(), case.layout)
     outcome = judged(case, saved, lambda: check_trained(saved.get()).add(check_traffic(saved.get())))
-    for layouts in (["fsdp(1)"], ["fsdp(2)"], ["fsdp(4)", "hsdp(2, 2)"]):
-        outcome.verdict.add(load_elsewhere(work, case, folder, saved, full, layouts))
+    layouts = (["fsdp(1)"], ["fsdp(2)"], ["fsdp(4)", "hsdp(2, 2)"])
+    runs = work.run([load_order(work, case, folder, places) for places in layouts])
+    for places, run in zip(layouts, runs, strict=True):
+        outcome.verdict.add(judge_load(case, saved, full, places, run))
     return [outcome]
 
 
@@ -237,6 +246,7 @@ def resume(engine: Engine, work: SpecWork) -> list[Outcome]:
         {"case": case.to_json(), "folder": str(folder)},
         case.layout,
         name=f"{work.spec.model_type} resumed",
+        follows=True,
     )
     first = case.steps // 2
     outcome = judged(case, again, lambda: check_resume(whole.get(), again.get(), case, first))
@@ -397,18 +407,20 @@ def settle(outcome: Outcome, work: SpecWork, case: Case, exact_verdict: Callable
         outcome.extra["rounding"] = [finding.to_dict() for finding in harmless[:5]]
 
 
-def load_elsewhere(
-    work: SpecWork, case: Case, folder: Path, saved: Run, full: dict[str, TensorData], layouts: list[str]
-) -> Verdict:
-    """Load a saved folder under other layouts of one world size and judge weights and buffers."""
+def load_order(work: SpecWork, case: Case, folder: Path, layouts: list[str]) -> Order:
+    """Return the load of a saved folder under layouts of one world size, in fresh processes."""
     first = Layout.parse(layouts[0], device=case.layout.device, comm=case.layout.comm)
-    place = " and ".join(layouts)
-    run = work.job(
+    return work.order(
         "saving:load",
         {"case": case.to_json(), "folder": str(folder), "layouts": layouts},
         first,
-        name=f"{work.spec.model_type} load at {place}",
+        name=f"{work.spec.model_type} load at {' and '.join(layouts)}",
+        follows=True,
     )
+
+
+def judge_load(case: Case, saved: Run, full: dict[str, TensorData], layouts: list[str], run: Run) -> Verdict:
+    """Judge weights and buffers of a load of `load_order`."""
     if run.failure:
         return judged(case, run, Verdict.empty).verdict
     verdict = Verdict.empty()
@@ -438,9 +450,7 @@ def frozen_names(truth: Evidence) -> list[str]:
 
 def capabilities(engine: Engine) -> frozenset[str]:
     """Return what the backend under test can express."""
-    from fsdp_testkit.backends.registry import make_backend
-
-    return make_backend(engine.settings.backend).capabilities
+    return engine.capabilities
 
 
 def replace_layout(outcome: Outcome, layout: Layout) -> Outcome:

@@ -30,7 +30,9 @@ class Request:
         result: set by the runner.
         error: raised in the procedures instead, where set.
         seconds: what the job took.
-        askers: procedures that wait.
+        owners: procedures that have asked; they share its time.
+        askers: those of them that wait.
+        done: whether it was run.
     """
 
     key: Any
@@ -38,7 +40,9 @@ class Request:
     result: Any = None
     error: BaseException | None = None
     seconds: float = 0.0
+    owners: list[_Task[Any]] = field(default_factory=list)
     askers: list[_Task[Any]] = field(default_factory=list)
+    done: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -75,9 +79,10 @@ class _Task(Generic[T]):
 
     def wait(self, request: Request) -> Any:
         """Stand still until the request's job is there. Called by the task's own thread."""
-        request.askers.append(self)
-        self._stands.release()
-        self._go.acquire()
+        if not request.done:
+            request.askers.append(self)
+            self._stands.release()
+            self._go.acquire()
         if self.abandoned:
             raise AbandonedError
         if request.error is not None:
@@ -126,15 +131,28 @@ class Together:
         Raises:
             Exception: what the runner set as the job's error.
         """
+        return self.ask_all([(key, payload)])[0]
+
+    def ask_all(self, wanted: Sequence[tuple[Any, Any]]) -> list[Any]:
+        """Wait for several jobs, pairs of key and payload, that need nothing of each other; return their results.
+
+        Raises:
+            Exception: what the runner set as the error of the first that has one.
+        """
         task: _Task[Any] = self.local.task
         if task.abandoned:
             raise AbandonedError
+        requests = [self._request(key, payload) for key, payload in wanted]
+        for request in requests:
+            request.owners.append(task)
+        return [task.wait(request) for request in requests]
+
+    def _request(self, key: Any, payload: Any) -> Request:
         for request in self._pending:
             if request.key == key:
-                return task.wait(request)
-        request = Request(key, payload)
-        self._pending.append(request)
-        return task.wait(request)
+                return request
+        self._pending.append(Request(key, payload))
+        return self._pending[-1]
 
     def beside(self, function: Callable[[], object]) -> None:
         """Run ``function`` as a procedure beside the one that calls, to ask early for what is needed later.
@@ -151,7 +169,7 @@ class Together:
         for task in tasks:
             self._begin(task)
         try:
-            while self._ready:
+            while self._ready or self._pending:
                 for ready in self._ready:  # grows by what they start beside
                     ready.go_on()
                 self._ready.clear()
@@ -160,9 +178,10 @@ class Together:
                     self._run(chosen)
                     for request in chosen:
                         self._pending.remove(request)
-                        for task in request.askers:
-                            task.account.seconds += request.seconds / len(request.askers)
-                            self._ready.append(task)
+                        request.done = True
+                        for task in request.owners:
+                            task.account.seconds += request.seconds / len(request.owners)
+                        self._ready.extend(request.askers)
         finally:
             for left in self._tasks:
                 if not left.done:  # interrupted: their threads must not outlive this call

@@ -117,26 +117,49 @@ class SpecWork:
         """Say that `ddp` will be asked for, before a run is waited for: the two then share ranks."""
         self.jobs.together.beside(lambda: self.ddp(case))
 
-    def train(self, case: Case) -> Run:
-        """Return the run of the ``train`` scenario, from the cache where it was done."""
-        return self.cached("train:run", case, {"checkpoint": str(self.checkpoint)})
+    def train(self, case: Case, *, follows: bool = False) -> Run:
+        """Return the run of the ``train`` scenario, from the cache where it was done; ``follows`` as in `Order`."""
+        return self.cached("train:run", case, {"checkpoint": str(self.checkpoint)}, follows=follows)
 
-    def cached(self, target: str, case: Case, args: dict[str, Any]) -> Run:
+    def cached(self, target: str, case: Case, args: dict[str, Any], *, follows: bool = False) -> Run:
         """Run a scenario for ``case`` once."""
         plain = replace(case, options=tuple(pair for pair in case.options if pair[0] != "test"))
         key = f"{target} {plain.to_json()}"
         if key not in self._runs:
             self.prepare([] if self.checkpoint.exists() else [case])
-            self._runs[key] = self.job(target, {"case": plain.to_json()} | args, case.layout, name=describe(case))
+            arguments = {"case": plain.to_json()} | args
+            self._runs[key] = self.job(target, arguments, case.layout, name=describe(case), follows=follows)
         return self._runs[key]
 
-    def job(self, target: str, args: dict[str, Any], layout: Layout, *, name: str, comm: str = "") -> Run:
+    def job(
+        self,
+        target: str,
+        args: dict[str, Any],
+        layout: Layout,
+        *,
+        name: str,
+        comm: str = "",
+        follows: bool = False,
+    ) -> Run:
         """Run a scenario function on the layout's ranks and collect its evidence."""
+        return self.run([self.order(target, args, layout, name=name, comm=comm, follows=follows)])[0]
+
+    def order(
+        self,
+        target: str,
+        args: dict[str, Any],
+        layout: Layout,
+        *,
+        name: str,
+        comm: str = "",
+        follows: bool = False,
+    ) -> Order:
+        """Return a scenario function on the layout's ranks as an order for `run`; ``follows`` as in `Order`."""
         case = args.get("case") or next(iter(args.get("cases", [])), "")
         if case and not self._warm:
             self._warm = True
             self.jobs.harness.warm(f"{SCENARIOS}.warm:model", {"case": case})
-        order = Order(
+        return Order(
             target=target,
             args=args,
             layout=layout,
@@ -144,17 +167,23 @@ class SpecWork:
             name=name,
             deadline=self._deadline,
             role=role(target, case),
+            follows=follows,
         )
-        self.settled = self.settled or order.role != "truth"
-        run = self.jobs.run(order)
-        self.fault_hits += run.fault_hits
-        return run
+
+    def run(self, orders: Sequence[Order]) -> list[Run]:
+        """Run orders that need nothing of each other and collect their evidence."""
+        self.settled = self.settled or any(order.role != "truth" for order in orders)
+        runs = self.jobs.run_all(orders)
+        self.fault_hits += sum(run.fault_hits for run in runs)
+        return runs
 
 
 def role(target: str, case: str) -> str:
-    """Return whose code a job runs: truth's, the DDP oracle's, or that of the backend under test."""
+    """Return whose code a job runs: truth's, the DDP oracle's, plain transformers' or that of the backend."""
     if target.startswith(("truth:", "parts:")):
         return "truth"
+    if target == "saving:plain":
+        return "plain"
     if target.startswith("structure:"):
         return "claims"
     if target.startswith("extended_lone:"):

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +40,7 @@ class RankContext:
         store: torch's ``PrefixStore`` of this job; ``None`` with a single process and no group.
         folder: this job's folder, shared by its ranks; the parent finds it as `JobReport.folder`.
         deadline: on the clock of ``time.monotonic``, when the job is ended.
+        group_timeout: seconds after which a process group gives up.
         attempt: 0, or 1 in the second run that explains a hang.
         observations: number counted so far.
     """
@@ -51,6 +52,7 @@ class RankContext:
     store: Any
     folder: Path
     deadline: float
+    group_timeout: float = 0.0
     attempt: int = 0
     observations: int = field(default=0)
 
@@ -62,6 +64,39 @@ class RankContext:
     def seconds_left(self) -> float:
         """Seconds until the job is ended by force."""
         return max(0.0, self.deadline - time.monotonic())
+
+    def regroup(self, world_size: int) -> RankContext | None:
+        """Leave the process group and make a new one of the job's first ``world_size`` ranks.
+
+        All ranks of the group have to call it, in a job on one machine.
+
+        Args:
+            world_size: ranks of the new group, fewer than there are now.
+
+        Returns:
+            The context of the new group; ``None`` on a rank that is not part of it.
+
+        Raises:
+            ValueError: ``world_size`` is not smaller, or there is no group to leave.
+        """
+        if not 1 <= world_size < self.world_size:
+            raise ValueError(f"world_size={world_size} must be from 1 to {self.world_size - 1}")
+        if self.store is None or self.comm not in ("gloo", "nccl"):
+            raise ValueError(f"comm={self.comm!r}: there is no process group to leave")
+        import torch.distributed as dist
+
+        # Peers may still be receiving from this rank: its connections stay open until all have come here.
+        come = dist.PrefixStore(f"leave{self.world_size}", self.store)
+        if come.add("come", 1) == self.world_size:
+            come.set("all", b"")
+        come.wait(["all"], timedelta(seconds=self.group_timeout))
+        dist.destroy_process_group()
+        if self.rank >= world_size:
+            return None
+        os.environ.update({"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)})
+        smaller = replace(self, world_size=world_size)
+        _make_group(smaller)
+        return smaller
 
 
 def main(rank: int, channel: int, spec: int) -> NoReturn:
@@ -186,24 +221,15 @@ def _join(raw: dict[str, Any], rank: int) -> RankContext:
 
         # A forked rank has inherited the level of the server's environment.
         dist.set_debug_level_from_env()
-        limit = timedelta(seconds=raw["group_timeout"])
         client = dist.TCPStore(
-            raw["store_host"], raw["store_port"], is_master=False, wait_for_workers=False, timeout=limit
+            raw["store_host"],
+            raw["store_port"],
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=raw["group_timeout"]),
         )
         store = dist.PrefixStore(f"{raw['job']}/{raw['attempt']}", client)
-        if comm in ("gloo", "nccl"):
-            own = {"device_id": torch.device(device)} if comm == "nccl" else {}
-            # NCCL moves no CPU tensors; checkpoints and object lists need a group that does.
-            backend = "cpu:gloo,cuda:nccl" if comm == "nccl" else comm
-            dist.init_process_group(
-                backend,
-                store=dist.PrefixStore("group", store),
-                rank=rank,
-                world_size=world_size,
-                timeout=limit,
-                **own,
-            )
-    return RankContext(
+    context = RankContext(
         rank=rank,
         world_size=world_size,
         device=device,
@@ -211,7 +237,28 @@ def _join(raw: dict[str, Any], rank: int) -> RankContext:
         store=store,
         folder=Path(raw["folder"]),
         deadline=raw["deadline"],
+        group_timeout=raw["group_timeout"],
         attempt=raw["attempt"],
+    )
+    if store is not None and comm in ("gloo", "nccl"):
+        _make_group(context)
+    return context
+
+
+def _make_group(context: RankContext) -> None:
+    import torch
+    import torch.distributed as dist
+
+    nccl = context.comm == "nccl"
+    own = {"device_id": torch.device(context.device)} if nccl else {}
+    dist.init_process_group(
+        # NCCL moves no CPU tensors; checkpoints and object lists need a group that does.
+        "cpu:gloo,cuda:nccl" if nccl else context.comm,
+        store=dist.PrefixStore(f"group{context.world_size}", context.store),
+        rank=context.rank,
+        world_size=context.world_size,
+        timeout=timedelta(seconds=context.group_timeout),
+        **own,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fsdp_testkit.backends.groups import forget_groups
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.scenarios import kept
 
@@ -25,19 +26,26 @@ SAVE = "fsdp_testkit.scenarios.saving:save"
 def run(context: Any, *, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Run each part as if it were alone; what a finished one replied lies in ``part<index>/reply.<rank>.json``.
 
-    A part holds ``target`` and ``args``, as a job does.
+    A part holds ``target`` and ``args``, as a job does, and ``ranks``, the size of its world. Worlds get smaller, and
+    a rank that is part of none of those left is done.
 
     Raises:
         RuntimeError: a part returned without an observation.
     """
     kept.expect([Case.from_json(part["args"]["case"]) for part in parts if part["target"] == SAVE])
     judging = [is_ddp(part) for part in parts]
+    world: Any = context
     for index, part in enumerate(parts):
+        if part["ranks"] != world.world_size:
+            world = world.regroup(part["ranks"])
+            forget_groups()
+            if world is None:
+                break
         if index and judging[index - 1] and not judging[index]:
             give_back_memory()  # DDP's full copies are not to be held against the code under test
         folder = part_folder(context.folder, index)
         folder.mkdir(exist_ok=True)
-        mine = replace(context, folder=folder, observations=0)
+        mine = replace(world, folder=folder, observations=0)
         module, _, name = part["target"].partition(":")
         with unchanged_process():
             value = getattr(importlib.import_module(module), name)(mine, **part["args"])

@@ -247,8 +247,8 @@ class PairwiseSum:
     """A sum over ranks in pairs, and pairs of pairs: of all orders that with the smallest bound on its rounding.
 
     The bound grows with the logarithm of the number of terms
-    (https://en.wikipedia.org/wiki/Pairwise_summation). It is also the order of a mesh whose axes have two ranks each, so
-    that a healthy backend agrees with truth there to the last bit.
+    (https://en.wikipedia.org/wiki/Pairwise_summation). It is also the order of a mesh whose axes have two ranks each:
+    there a healthy backend agrees with truth to the last bit.
     """
 
     def __init__(self) -> None:
