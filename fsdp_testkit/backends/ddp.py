@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,32 @@ from fsdp_testkit.core.layout import Layout
 ONE_ORDER = 2
 #: (class, config) -> parameters that the constructor leaves untrained.
 _frozen: dict[tuple[Any, str], list[str]] = {}
+#: What a config says of how it was saved, and not of the model.
+_OF_SAVING = frozenset(("dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures"))
+
+
+def remember_frozen(model_class: Any, config: Any, names: list[str]) -> None:
+    """Take note of the parameters that a class leaves untrained when it is built from ``config``."""
+    _frozen[_key(model_class, config)] = names
 
 
 def _frozen_by_constructor(model_class: Any, config: Any) -> list[str]:
-    """Return the parameters that the constructor leaves untrained; a model is built for it once in a process."""
-    key = model_class, config.to_json_string(use_diff=False)
-    if key not in _frozen:
+    """Return the parameters that the constructor leaves untrained; where that is not known, a model is built for it."""
+    if (key := _key(model_class, config)) not in _frozen:
         with torch.device("meta"):
             fresh = model_class(config)
         _frozen[key] = [name for name, parameter in fresh.named_parameters() if not parameter.requires_grad]
     return _frozen[key]
+
+
+def _key(model_class: Any, config: Any) -> tuple[Any, str]:
+    return model_class, json.dumps(_shape_of(config.to_dict()), sort_keys=True, default=str)
+
+
+def _shape_of(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _shape_of(item) for name, item in value.items() if name not in _OF_SAVING}
+    return [_shape_of(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class DDPBackend(TrainingLoop):

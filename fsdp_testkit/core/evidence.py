@@ -36,6 +36,8 @@ _NUMPY: dict[str, str] = {
     "complex128": "<c16",
 }
 Array = npt.NDArray[Any]
+#: Bytes that are written at once: evidence has hundreds of small tensors.
+BUFFER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Evidence:
             table[name] = [tensor.dtype, list(tensor.shape), offset, size]
             offset += size
         header = json.dumps({"rank": self.rank, "facts": self.facts, "tensors": table}).encode()
-        with path.open("wb") as file:
+        with path.open("wb", buffering=BUFFER) as file:
             file.write(struct.pack("<Q", len(header)))
             file.write(header)
             file.writelines(tensor.data for tensor in self.tensors.values())

@@ -29,6 +29,8 @@ from fsdp_testkit.reference.errors import LoadError, SaveError
 from fsdp_testkit.reference.sources import Source
 
 METADATA = ".metadata"
+#: Bytes of a stored chunk that is read whole even where a part of it is wanted: to find the part takes longer.
+SMALL = 16384
 
 
 def is_dcp(folder: Path) -> bool:
@@ -143,7 +145,7 @@ class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's
         """Read some rows of a chunk; return whether it could be done, and was wanted."""
         info = self.storage_data[item.storage_index]
         wanted, first = tuple(item.lengths), item.storage_offsets[0] if item.storage_offsets else 0
-        if not wanted or getattr(info, "transform_descriptors", None):
+        if not wanted or info.length <= SMALL or getattr(info, "transform_descriptors", None):
             return False
         name = item.storage_index.fqn
         if name not in self._sizes:

@@ -81,14 +81,14 @@ def load_sharded(
     mesh = _named(mesh)
     ranks = Ranks(mesh)
     folder = Path(checkpoint)
-    with ranks.phase() as vote:
+    with ranks.phase(votes=True) as vote:
         plan = Plan.parse(plan)
         routes.check(source, source_scope)
         target = _device(mesh, device)
         vote.highest = int(not (folder / "config.json").is_file())
     route = routes.choose(ranks, source, source_scope, visible=not vote.highest)
     with contextlib.nullcontext() if route.quiet else told(folder, ranks, route) as heard:
-        with ranks.phase() as vote:
+        with ranks.phase(votes=True) as vote:
             origin = heard or Origin.open(folder)
             vote.same = origin.digest
             drawn = _draw(origin, plan, dtype, model_class)

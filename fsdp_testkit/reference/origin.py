@@ -88,7 +88,7 @@ def told(folder: Path, ranks: Ranks, route: Route) -> Iterator[Origin]:
     """
     own: Origin | None = None
     message: Any = None
-    with ranks.phase() as vote:
+    with ranks.phase(votes=True) as vote:
         if route.reads:
             own = Origin.open(folder)
             vote.same = own.digest

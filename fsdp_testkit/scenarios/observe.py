@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -14,7 +16,25 @@ from torch.distributed.tensor import DTensor
 from fsdp_testkit.core.evidence import Evidence, TensorData
 from fsdp_testkit.scenarios.common import inner_model
 
+#: Dtypes that numpy has.
+_IN_NUMPY = frozenset(
+    (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    )
+)
 
+
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Return torch's dtype name without its prefix."""
     return str(dtype).removeprefix("torch.")
@@ -33,9 +53,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def tensor_data(tensor: torch.Tensor) -> TensorData:
     """Copy this rank's part of ``tensor`` into raw bytes."""
-    plain = local(tensor).detach().cpu().contiguous()
-    data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return TensorData(dtype_name(plain.dtype), tuple(plain.shape), data)
+    plain = local(tensor)
+    return TensorData(dtype_name(plain.dtype), tuple(plain.shape), raw(plain).tobytes())
+
+
+def raw(plain: torch.Tensor) -> Any:
+    """Return the elements of a plain tensor as a numpy array; as bytes where numpy has no such dtype."""
+    if plain.dtype in _IN_NUMPY:
+        return plain.numpy(force=True)
+    return plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:
@@ -108,12 +134,13 @@ def observe_units(model: nn.Module) -> list[dict[str, Any]]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     units: dict[tuple[str, ...], list[str]] = {}
+    places = parameter_places(model)
     for fqn, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
         module.unshard()
         # an unsharded parameter is another object than its DTensor: names, not ids, lead back to it
-        plain = sorted({canonical.get(name, name) for name in plain_parameters(model)})
+        plain = sorted({canonical.get(name, name) for name in plain_parameters(model, places)})
         module.reshard()
         units.setdefault(tuple(plain), []).append(fqn)
     return [{"parameters": list(parameters), "modules": modules} for parameters, modules in units.items()]
@@ -126,12 +153,21 @@ def reshard_all(model: nn.Module) -> None:
             module.reshard()
 
 
-def plain_parameters(model: nn.Module) -> list[str]:
-    """Return FQNs of parameters that are no DTensor right now."""
+def parameter_places(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Return (FQN, module, name within it) of every parameter, under every name."""
     return [
-        name
-        for name, parameter in inner_model(model).named_parameters(remove_duplicate=False)
-        if not isinstance(parameter, DTensor)
+        (f"{prefix}.{name}" if prefix else name, module, name)
+        for prefix, module in inner_model(model).named_modules(remove_duplicate=False)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+
+
+def plain_parameters(model: nn.Module, places: list[tuple[str, nn.Module, str]] | None = None) -> list[str]:
+    """Return FQNs of parameters that are no DTensor right now; ``places`` are those of `parameter_places`."""
+    return [
+        fqn
+        for fqn, module, name in (parameter_places(model) if places is None else places)
+        if not isinstance(getattr(module, name), DTensor)
     ]
 
 
@@ -177,7 +213,7 @@ def observe_optimizer(
 def digests(model: nn.Module) -> dict[str, str]:
     """Return a short digest of this rank's part of every parameter: equal digests mean equal bits."""
     return {
-        name: hashlib.blake2b(tensor_data(parameter).data, digest_size=8).hexdigest()
+        name: hashlib.blake2b(np.ascontiguousarray(raw(local(parameter))).data, digest_size=8).hexdigest()
         for name, parameter in inner_model(model).named_parameters()
     }
 

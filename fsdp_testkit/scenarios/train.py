@@ -146,9 +146,10 @@ def gathered(model: nn.Module, evidence: Evidence) -> None:
     """Record gathered weights beside the raw shards: a gather that is wrong is a bug of its own."""
     from torch.distributed.tensor import DTensor
 
-    for name, parameter in inner_model(model).named_parameters():
-        if isinstance(parameter, DTensor):
-            evidence.tensors[f"gathered/{name}"] = observe.tensor_data(parameter.detach().full_tensor())
+    with torch.no_grad():
+        for name, parameter in inner_model(model).named_parameters():
+            if isinstance(parameter, DTensor):
+                evidence.tensors[f"gathered/{name}"] = observe.tensor_data(parameter.full_tensor())
 
 
 def batch_digest(batch: MicroBatch) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from fsdp_testkit.backends.ddp import remember_frozen
 from fsdp_testkit.backends.rehearsal import read_sources, rehearse
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.models.build import meta_model
@@ -22,7 +22,9 @@ def model(*, case: str) -> None:
     spec = Case.from_json(case).model
     config, model_class = resolved(spec)
     get_checkpoint_conversion_mapping(config.model_type)
-    json.dumps(tree_of(spec)["blocks"])
+    facts = tree_of(spec)["parameters"]
+    if not spec.adapters:
+        remember_frozen(model_class, config, [name for name in facts if not facts[name]["requires_grad"]])
     if model_class not in _read:
         _read.add(model_class)
         read_sources(meta_model(spec))

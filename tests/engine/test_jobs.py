@@ -27,6 +27,7 @@ class Ranks:
         self.folder = folder
         self.kind = kind
         self.jobs: list[list[str]] = []
+        self.worlds: list[int] = []
 
     def run(self, job: Job, *, explain_hangs: bool = True) -> JobReport:
         folder = self.folder / f"job{len(self.jobs)}"
@@ -34,11 +35,14 @@ class Ranks:
         parts = job.args.get("parts")
         names = [part["args"]["name"] for part in parts] if parts else [job.args["name"]]
         self.jobs.append(names)
+        self.worlds.append(job.world_size)
+        sizes = [part["ranks"] for part in parts or ()]
+        assert sizes == sorted(sizes, reverse=True) or "ddp" in names
         values: list[dict[str, str]] = [{} for _ in range(job.world_size)]
         for index, name in enumerate(names):
             if name.startswith("bad") or (parts and name.startswith("shy")):
                 return self.failed(folder, name)
-            for rank, value in enumerate(values):
+            for rank, value in enumerate(values[: parts[index]["ranks"]] if parts else values):
                 found = self.evidence(folder, name, rank)
                 if not parts:
                     value.update(found)
@@ -66,15 +70,21 @@ def reply(rank: int, value: dict[str, str]) -> RankReply:
     return RankReply(rank=rank, status="ok", value=value, observations=1, seconds=0.1)
 
 
-def order(name: str, world: int = 2, role: str = "backend") -> Order:
-    layout = Layout(kind="fsdp", shard=world)
+def order(name: str, world: int = 2, role: str = "backend", *, comm: str = "gloo", follows: bool = False) -> Order:
     return Order(
-        target="train:run", args={"name": name}, layout=layout, comm="gloo", name=name, deadline=60.0, role=role
+        target="train:run",
+        args={"name": name},
+        layout=Layout(kind="fsdp", shard=world),
+        comm=comm,
+        name=name,
+        deadline=60.0,
+        role=role,
+        follows=follows,
     )
 
 
-def run(ranks: Ranks, *names: str | Order) -> list[Run]:
-    jobs = Jobs(cast("Harness", ranks))
+def run(ranks: Ranks, *names: str | Order, regroups: bool = False) -> list[Run]:
+    jobs = Jobs(cast("Harness", ranks), regroups=regroups)
     orders = [order(name) if isinstance(name, str) else name for name in names]
     ended = jobs.together.all([lambda o=item: jobs.run(o) for item in orders])
     assert all(end.error is None for end in ended), [end.error for end in ended]
@@ -147,3 +157,57 @@ def test_a_batch_has_a_largest_size(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path)
     run(ranks, *[f"job{index}" for index in range(LARGEST_BATCH + 2)])
     assert [len(job) for job in ranks.jobs] == [LARGEST_BATCH, 2]
+
+
+def followers() -> list[Order]:
+    return [
+        order("on 1", world=1, follows=True),
+        order("on 2", follows=True),
+        order("on 3", world=3, follows=True),
+        order("big", world=4),
+        order("ddp", world=4, role="oracle"),
+        order("a"),
+        order("claims", world=1, role="claims", comm="none"),
+        order("plain", world=1, role="plain", comm="none"),
+    ]
+
+
+def test_what_follows_waits_for_the_largest_job_and_runs_in_its_first_ranks(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    found = run(ranks, *followers(), regroups=True)
+    # plain transformers, which judges, before the claims
+    assert ranks.jobs == [["plain", "claims"], ["a"], ["ddp", "big", "on 3", "on 2", "on 1"]]
+    assert ranks.worlds == [1, 2, 4]
+    assert [len(item.get()) for item in found] == [1, 2, 3, 4, 4, 2, 1, 1]
+
+
+def test_what_follows_has_ranks_of_its_own_where_groups_cannot_be_left(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    run(ranks, *followers())
+    assert ranks.jobs == [["on 1"], ["plain", "claims"], ["on 2", "a"], ["on 3"], ["ddp", "big"]]
+
+
+def test_what_follows_and_nothing_else_shares_the_largest_of_them(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    run(ranks, *followers()[:3], order("elsewhere", world=2, comm="nccl", follows=True), regroups=True)
+    assert ranks.jobs == [["elsewhere"], ["on 3", "on 2", "on 1"]]
+
+
+def test_what_broke_among_followers_is_judged_on_its_own_ranks(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path)
+    found = run(ranks, order("big", world=4), order("bad", world=3, follows=True), *followers()[:2], regroups=True)
+    assert ranks.jobs == [["big", "bad", "on 2", "on 1"], ["bad"], ["on 2", "on 1"]]
+    assert ranks.worlds == [4, 3, 2]
+    assert [bool(item.failure) for item in found] == [False, True, False, False]
+    assert [len(item.get()) for item in found if not item.failure] == [4, 1, 2]
+
+
+def test_orders_that_need_nothing_of_each_other(tmp_path: Path) -> None:
+    for inside in (True, False):
+        ranks = Ranks(tmp_path)
+        jobs = Jobs(cast("Harness", ranks), regroups=True)
+        wanted = [order("a"), order("big", world=4), order("b")]
+        found = jobs.together.all([lambda: jobs.run_all(wanted)])[0].value if inside else jobs.run_all(wanted)  # noqa: B023
+        assert found is not None
+        assert [names(item)[0] for item in found] == ["a", "big", "b"]
+        assert ranks.jobs == ([["a", "b"], ["big"]] if inside else [["a"], ["big"], ["b"]])

@@ -76,6 +76,30 @@ def test_what_is_started_beside_is_in_the_same_batch_and_its_time_is_its_owners(
     assert outcomes == ["A1", "B1"]
 
 
+def test_several_jobs_are_asked_for_at_once() -> None:
+    log = Log()
+
+    def procedure() -> list[Any]:
+        return log.together.ask_all([("b1", None), ("a1", None), ("a2", None)])
+
+    ended = log.together.all([procedure, asks(log, "a1", "c1")])
+    assert [end.value for end in ended] == [["B1", "A1", "A2"], ["A1", "C1"]]
+    assert log.batches == [["a1", "a2"], ["b1"], ["c1"]]
+    # of a1, which both have asked for, each has a half
+    assert [int(end.seconds) for end in ended] == [5, 3]
+
+
+def test_of_several_jobs_the_first_error_counts_and_all_are_run() -> None:
+    def fail(key: str) -> None:
+        if key in ("a1", "b2"):
+            raise ValueError(f"no {key}")
+
+    log = Log(fail)
+    (ended,) = log.together.all([lambda: log.together.ask_all([(key, None) for key in ("b1", "b2", "a1", "c1")])])
+    assert str(ended.error) == "no b2"
+    assert log.batches == [["a1"], ["b1", "b2"], ["c1"]]
+
+
 def test_errors_stay_with_the_procedures_that_asked() -> None:
     def fail(key: str) -> None:
         if key == "a1":

@@ -50,6 +50,44 @@ def describe(context):
     }
 
 
+def regroup(context, sizes, slow=None):
+    """Sum over ever smaller groups; ``slow`` is the rank that comes late to each change."""
+    context.observe()
+    found, worlds = [], []
+    for size in sizes:
+        if context.rank == slow:
+            time.sleep(0.3)
+        smaller = context.regroup(size)
+        if smaller is None:
+            break
+        context = smaller
+        found.append(reduce(context))
+        worlds.append([context.world_size, os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]])
+    return {"found": found, "worlds": worlds, "pid": os.getpid()}
+
+
+def regroup_refused(context, size):
+    context.observe()
+    try:
+        context.regroup(size)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def regroup_and_fail(context, how):
+    """Rank 2 leaves the group, rank 0 fails in the smaller one."""
+    smaller = context.regroup(2)
+    context.observe()
+    if context.rank == 0:
+        if how == "raise":
+            raise RuntimeError("in the smaller group")
+        time.sleep(60)
+    if smaller is not None:
+        reduce(smaller)
+    return {}
+
+
 def plain(context):
     context.observe()
     return {"world_size": context.world_size, "store": context.store is not None, "torch": "torch" in sys.modules}

@@ -55,6 +55,43 @@ def test_four_ranks(harness: Harness) -> None:
     report.discard()
 
 
+@pytest.mark.parametrize("slow", [None, 0, 3])
+def test_ranks_leave_their_group_for_smaller_ones(harness: Harness, slow: int | None) -> None:
+    args = {"sizes": [3, 2, 1], "slow": slow}
+    report = harness.run(Job(target="targets:regroup", world_size=4, deadline=30, args=args))
+    assert report.outcome == "passed", report.failure and report.failure.render()
+    sums, worlds = [[6.0], [3.0], [1.0]], [[3, "3", "3"], [2, "2", "2"], [1, "1", "1"]]
+    seen = [(reply.value["found"], reply.value["worlds"]) for reply in report.replies]
+    assert seen == [(sums[:kept], worlds[:kept]) for kept in (3, 2, 1, 0)]
+    report.discard()
+
+
+@pytest.mark.parametrize(
+    ("comm", "size", "text"),
+    [
+        ("gloo", 2, "world_size=2 must be from 1 to 1"),
+        ("gloo", 0, "world_size=0 must be from 1 to 1"),
+        ("none", 1, "comm='none': there is no process group to leave"),
+    ],
+)
+def test_a_group_that_cannot_be_left(harness: Harness, comm: str, size: int, text: str) -> None:
+    report = harness.run(Job(target="targets:regroup_refused", world_size=2, comm=comm, args={"size": size}))
+    assert [reply.value for reply in report.replies] == [text] * 2
+    report.discard()
+
+
+@pytest.mark.parametrize(("how", "kind"), [("raise", "exception"), ("hang", "hang")])
+def test_trouble_in_a_smaller_group_is_told_as_any(harness: Harness, how: str, kind: str) -> None:
+    report = harness.run(
+        Job(target="targets:regroup_and_fail", world_size=3, deadline=8, args={"how": how}), explain_hangs=False
+    )
+    assert report.outcome == "failed"
+    assert report.failure is not None
+    assert (report.failure.kind, report.failure.first_rank) == (kind, 0), report.failure.render()
+    assert report.replies[2].status == "ok"
+    report.discard()
+
+
 def test_ranks_see_the_parents_environment_and_path_of_now(
     harness: Harness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
