@@ -118,8 +118,7 @@ class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's
                 metadata = _Plain(file).load()
             entries = dict(metadata.state_dict_metadata)
             stored = dict(metadata.storage_data)
-            for info in stored.values():
-                name = info.relative_path
+            for name in {info.relative_path for info in stored.values()}:
                 if Path(name).name != name or not (Path(self.path) / name).is_file():
                     raise LoadError(f"{path} names the file {name!r}, which is not in its folder")
         except LoadError:

@@ -99,9 +99,11 @@ class AllocationCounter(TorchDispatchMode):  # type: ignore[misc] # torch is unt
         self.gathered = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
+        if types and any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again with the local tensors
         result = func(*args, **(kwargs or {}))
+        if type(result) is torch.Tensor and result.is_meta:
+            return result  # most of a load: it builds the model there
         known = {storage for item in flat(args) if (storage := address(item))}
         for item in flat(result):
             storage = address(item)

@@ -54,7 +54,7 @@ def _nan_memory() -> Iterator[None]:
 
 class _GarbageMemory(TorchDispatchMode):  # type: ignore[misc] # torch is untyped here
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
+        if types and any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again with the local tensors
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _EMPTY and not result.is_meta and type(result) is torch.Tensor:

@@ -176,7 +176,8 @@ def test_what_follows_waits_for_the_largest_job_and_runs_in_its_first_ranks(tmp_
     ranks = Ranks(tmp_path)
     found = run(ranks, *followers(), regroups=True)
     # plain transformers, which judges, before the claims
-    assert ranks.jobs == [["plain", "claims"], ["a"], ["ddp", "big", "on 3", "on 2", "on 1"]]
+    # and what is of the same size as a job that is under way need not wait
+    assert ranks.jobs == [["plain", "claims"], ["on 2", "a"], ["ddp", "big", "on 3", "on 1"]]
     assert ranks.worlds == [1, 2, 4]
     assert [len(item.get()) for item in found] == [1, 2, 3, 4, 4, 2, 1, 1]
 
@@ -189,8 +190,8 @@ def test_what_follows_has_ranks_of_its_own_where_groups_cannot_be_left(tmp_path:
 
 def test_what_follows_and_nothing_else_shares_the_largest_of_them(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path)
-    run(ranks, *followers()[:3], order("elsewhere", world=2, comm="nccl", follows=True), regroups=True)
-    assert ranks.jobs == [["elsewhere"], ["on 3", "on 2", "on 1"]]
+    run(ranks, *followers()[:3], order("no group", world=1, comm="none", follows=True), regroups=True)
+    assert ranks.jobs == [["on 3", "on 2", "on 1"], ["no group"]]
 
 
 def test_what_broke_among_followers_is_judged_on_its_own_ranks(tmp_path: Path) -> None:
