@@ -52,7 +52,12 @@ def model_class(model: str, module: str) -> type[FSDPTesterMixin]:
         body["model_type"] = model
         body["_fsdp_kit_impossible"] = catalogue.IMPOSSIBLE.get(model, "")
     body["__doc__"] = f"All tests of the kit for {model}."
-    return type(f"Test{catalogue.class_safe(name)}", (FSDPTesterMixin,), body)
+    return type(class_name(name), (FSDPTesterMixin,), body)
+
+
+def class_name(name: str) -> str:
+    """Return the name of a model's class in the matrix."""
+    return f"Test{catalogue.class_safe(name)}"
 
 
 def _unique(classes: Iterable[type[FSDPTesterMixin]]) -> Iterable[type[FSDPTesterMixin]]:

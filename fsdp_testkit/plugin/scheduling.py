@@ -15,6 +15,7 @@ import pytest
 
 from fsdp_testkit.plugin.options import RUN_OPTIONS
 from fsdp_testkit.ranks.slots import cores
+from fsdp_testkit.reporting.counts import read_counts
 
 
 @pytest.hookimpl(wrapper=True)
@@ -56,9 +57,22 @@ def superfluous(config: pytest.Config, items: Sequence[str], workers: int) -> in
     return max(0, workers - cores())
 
 
+def sizes_of(config: pytest.Config) -> dict[str, int]:
+    """Return class of the matrix -> recorded number of tensors that its tests compare; time goes with it."""
+    from fsdp_testkit.plugin.matrix import class_name  # which needs this module
+
+    options = config.stash[RUN_OPTIONS]
+    if options.counts is None:
+        return {}
+    recorded = read_counts(options.counts).get(options.engine.backend, {})
+    return {class_name(model): sum(numbers[2] for numbers in tests.values()) for model, tests in recorded.items()}
+
+
 def _make_scheduler(config: pytest.Config, log: Any) -> Any:
     # xdist is an extra: it is imported only where it is in use
     from xdist.scheduler import LoadGroupScheduling
+
+    sizes = sizes_of(config)
 
     class ModelScheduling(LoadGroupScheduling):  # type: ignore[misc]  # xdist's classes are untyped here
         """Groups as usual, FSDP items by class, on no more workers than have a core; goes on when a worker has died."""
@@ -74,6 +88,13 @@ def _make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             scope: str = scope_of(nodeid) or super()._split_scope(nodeid)
             return scope
+
+        def _assign_work_unit(self, node: Any) -> None:
+            """Take the largest model first: at the end of the session workers then wait for a small one, if at all."""
+            if sizes:
+                scopes = {scope: sizes.get(scope.rpartition("::")[2], 0) for scope in self.workqueue}
+                self.workqueue.move_to_end(max(scopes, key=scopes.__getitem__), last=False)
+            super()._assign_work_unit(node)
 
         def remove_node(self, node: Any) -> str | None:
             """Take back what a dead worker had not finished; return the item that it died in."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,6 +128,19 @@ def test_models_go_to_no_more_workers_than_have_a_core(matrix: Project, monkeypa
     result = matrix.run("--fsdp-models", "llama,gpt2,mixtral,qwen3,phi", "-n4")
     result.assert_outcomes(passed=5 * len(METHODS))
     assert len(set.union(*workers_of_models(matrix).values())) == 2
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_largest_model_is_the_first(matrix: Project, tmp_path: Path, counts: bool) -> None:
+    sizes = {"llama": 2, "gpt2": 9, "mixtral": 5}
+    recorded = {model: {"dcp default": [1, 1, size - 1], "resume default": [1, 1, 1]} for model, size in sizes.items()}
+    file = tmp_path / "counts.json"
+    file.write_text(json.dumps({"schema": "fsdp_testkit counts 1", "counts": {"reference": recorded}}))
+    models = [*sizes, "qwen3"]
+    matrix.run("--fsdp-models", ",".join(models), "-n1", *(["--fsdp-counts", str(file)] if counts else []))
+    order = list(dict.fromkeys(call[2] for call in matrix.calls() if call[1] == "run"))
+    # of what is not recorded nothing is known
+    assert order == (["gpt2", "mixtral", "llama", "qwen3"] if counts else models)
 
 
 def test_workers_are_superfluous_only_where_they_would_have_no_core(monkeypatch: pytest.MonkeyPatch) -> None:
