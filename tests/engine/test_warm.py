@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fsdp_testkit.core.case import ModelSpec
+from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.engine import Engine
 from fsdp_testkit.engine.tests import auto_case
 from fsdp_testkit.ranks import Job
@@ -54,6 +57,30 @@ def test_ranks_need_not_look_for_sources(engine: Engine) -> None:
     ((known, new),) = replies(engine, "sources", 1, comm="none", args={"case": case.to_json()})
     assert min(known) > 0
     assert new == [0, 0]
+
+
+def test_traces_of_ranks_need_no_look_at_the_disk(engine: Engine) -> None:
+    work = engine.work(ModelSpec(model_type="llama", tie=True))
+    case = auto_case(engine, work, "auto_vs_ddp")
+    work.prepare([case])
+    args = {"case": case.to_json(), "checkpoint": str(work.checkpoint)}
+    for found in replies(engine, "traces", 2, args=args):
+        assert found["taken"] > 10
+        assert found["files"] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "frozen"), [("llama", []), ("roformer", ["roformer.encoder.embed_positions.weight"])]
+)
+def test_what_a_constructor_freezes_is_known_to_ddp(engine: Engine, model: str, frozen: list[str]) -> None:
+    work = engine.work(ModelSpec(model_type=model, tie=False))
+    layout = Layout(kind="ddp", replicate=2)
+    case = replace(auto_case(engine, work, "auto_vs_ddp"), backend="ddp", layout=layout, steps=1)
+    work.prepare([case])
+    args = {"case": case.to_json(), "checkpoint": str(work.checkpoint)}
+    for before, after, names in replies(engine, "constructors", 2, args=args):
+        assert before == after > 0
+        assert names == frozen
 
 
 def test_no_rehearsal_in_a_group(engine: Engine) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import linecache
 import os
 import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,12 +16,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import _get_python_sharding_prop_cache_info
 
+from fsdp_testkit.backends import ddp
 from fsdp_testkit.backends.rehearsal import read_sources, rehearse
 from fsdp_testkit.core.case import Case
 from fsdp_testkit.models import tree
 from fsdp_testkit.models.build import meta_model
 from fsdp_testkit.reference import readers
 from fsdp_testkit.scenarios import train
+from fsdp_testkit.scenarios.common import resolved
 
 
 def imports(context: Any, **args: Any) -> list[str]:
@@ -37,6 +42,38 @@ def sources(context: Any, case: str) -> list[list[int]]:
     read_sources(model)
     tree.module_tree(model)
     return [known, [memory.cache_info().currsize - before for memory, before in zip(memories, known, strict=True)]]
+
+
+def traces(context: Any, **args: Any) -> dict[str, Any]:
+    """Train, and return how often stack traces were taken, and the files that they looked at on the disk or read."""
+    taken, seen = [0], set()
+    extract, update, stat = traceback.StackSummary._extract_from_extended_frame_gen, linecache.updatecache, os.stat
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        taken[0] += 1
+        return extract(*args, **kwargs)
+
+    def noted(function: Any) -> Any:
+        def call(file: Any, *args: Any) -> Any:
+            seen.add(Path(file).name)
+            return function(file, *args)
+
+        return call
+
+    traceback.StackSummary._extract_from_extended_frame_gen = counted
+    linecache.updatecache = noted(update)
+    linecache.os = SimpleNamespace(path=os.path, stat=noted(stat))
+    train.run(context, **args)
+    return {"taken": taken[0], "files": sorted(seen - {Path(__file__).name, "<string>"})}
+
+
+def constructors(context: Any, case: str, checkpoint: str) -> list[Any]:
+    """Run the DDP oracle; return how many constructors were known before and after, and what its model's freezes."""
+    before = dict(ddp._frozen)
+    train.run(context, case=case, checkpoint=checkpoint)
+    _, model_class = resolved(Case.from_json(case).model)
+    frozen = {name for (known, _), names in before.items() for name in names if known is model_class}
+    return [len(before), len(ddp._frozen), sorted(frozen)]
 
 
 def rehearsed(context: Any) -> dict[str, Any]:
