@@ -1,9 +1,9 @@
 """The one table of tolerances: relative to the largest expected magnitude of the tensor compared.
 
 On CPU in fp32 a reduction over two ranks adds two numbers and halves them: there is one order, so healthy
-FSDP2, DDP and truth agree to the last bit for most untied models. Tied weights add two partial gradients
-in an order that differs, and with three or more ranks the order of the sum differs; both cost a few units
-in the last place, which five optimizer steps carry into the weights.
+FSDP2, DDP and truth agree to the last bit for most untied models; and over 2 x 2 ranks too, as truth and DDP
+add in pairs. Tied weights add two partial gradients in an order that differs, and so do other meshes of three or
+more ranks; both cost a few units in the last place, which five optimizer steps carry into the weights.
 """
 
 from __future__ import annotations

@@ -177,7 +177,10 @@ class Jobs:
             if done < len(batch):  # the next one broke the batch, or is the only one
                 run = self._alone(batch[done].payload)
                 if len(batch) > 1 and not run.failure:
-                    judge_disagreement(run, self._broken, [request.payload.name for request in batch[:done]])
+                    orders: list[Order] = [request.payload for request in batch]
+                    regrouped = orders[done].layout.world_size < max(order.layout.world_size for order in orders)
+                    before = [order.name for order in orders[:done]]
+                    judge_disagreement(run, self._broken, before, regrouped=regrouped)
                 batch[done].result = run
                 done += 1
             for request in left[:done]:
@@ -234,13 +237,15 @@ def to_run(report: JobReport) -> Run:
     return run
 
 
-def judge_disagreement(run: Run, failure: JobFailure | None, before: Sequence[str]) -> None:
+def judge_disagreement(run: Run, failure: JobFailure | None, before: Sequence[str], *, regrouped: bool = False) -> None:
     """Judge a job that broke a batch and passed alone: a hang may have been slowness, the rest is a failure.
 
-    ``before`` names the jobs that its ranks had run.
+    ``before`` names the jobs that its ranks had run, ``regrouped`` says whether they had left a larger group since.
     """
     others = f"other jobs before it ({', '.join(before)})" if before else "no other job before it"
     text = f"failed in ranks that had run {others}, and passed in fresh ones"
+    if regrouped:
+        text += " (they had left a larger process group: a backend that keeps anything of one lacks 'regroup')"
     if failure is None or failure.kind == "hang":
         run.notes.append(f"{text}; the first time it did not end in time")
         return

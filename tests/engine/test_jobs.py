@@ -203,6 +203,15 @@ def test_what_broke_among_followers_is_judged_on_its_own_ranks(tmp_path: Path) -
     assert [len(item.get()) for item in found if not item.failure] == [4, 1, 2]
 
 
+@pytest.mark.parametrize("world", [4, 2])
+def test_who_fails_after_leaving_a_group_is_told_of_the_capability(tmp_path: Path, world: int) -> None:
+    ranks = Ranks(tmp_path)
+    _, shy = run(ranks, order("big", world=4), order("shy", world=world, follows=True), regroups=True)
+    assert ranks.jobs == [["big", "shy"], ["shy"]]
+    assert "failed in ranks that had run other jobs before it (big), and passed in fresh ones" in shy.failure
+    assert ("lacks 'regroup'" in shy.failure) == (world == 2)
+
+
 def test_orders_that_need_nothing_of_each_other(tmp_path: Path) -> None:
     for inside in (True, False):
         ranks = Ranks(tmp_path)
