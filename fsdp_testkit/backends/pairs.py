@@ -3,8 +3,6 @@
 No postponed annotations here: DDP compares those of a hook with the classes that it expects.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
@@ -22,14 +20,12 @@ def average_in_pairs(state: None, bucket: dist.GradBucket) -> torch.futures.Futu
     own = bucket.buffer()
     world = dist.get_world_size()
     found = own.new_empty((world, own.numel()))
-    work = dist.all_gather_single(found.view(-1), own, async_op=True)
-    assert work is not None
-
-    def average(_: torch.futures.Future[Any]) -> torch.Tensor:
-        parts = list(found.unbind())
-        while len(parts) > 1:
-            last = parts[len(parts) // 2 * 2 :]  # without a partner
-            parts = [first + second for first, second in zip(parts[::2], parts[1::2], strict=False)] + last
-        return own.copy_(parts[0]).div_(world)
-
-    return work.get_future().then(average)
+    # waited for here, not in the future of the work: on a GPU gloo's does not wait for the copy to it
+    dist.all_gather_single(found.view(-1), own)
+    parts = list(found.unbind())
+    while len(parts) > 1:
+        last = parts[len(parts) // 2 * 2 :]  # without a partner
+        parts = [first + second for first, second in zip(parts[::2], parts[1::2], strict=False)] + last
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[own.device] if own.is_cuda else None)
+    done.set_result(own.copy_(parts[0]).div_(world))
+    return done
