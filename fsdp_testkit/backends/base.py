@@ -33,11 +33,11 @@ CAPABILITIES = frozenset(
         "activation_checkpointing",
         "gradient_sync",
         "nonfinite_guard",
-        # no test needs it: nothing of a process group is kept beyond a load, so that a process may leave its group and
-        # load in another one; tests are then run in fewer processes
-        "regroup",
     }
 )
+#: What a backend may promise beside, and no test needs. ``regroup``: nothing of a process group is kept beyond a load,
+#: so that a process may leave its group and load in another one. Tests are then run in fewer processes.
+PROMISES = frozenset({"regroup"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

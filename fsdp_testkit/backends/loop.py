@@ -127,10 +127,14 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def by_layout(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Group tensors that lie on the same mesh with the same placements, plain ones apart."""
+    """Group tensors that lie on the same mesh with the same placements, plain ones apart.
+
+    Meshes are the same where they are equal: DTensor remembers results, so that a tensor of one load may come out on
+    the mesh of an earlier one. The order of a sum must not depend on what a process has done before.
+    """
     groups: dict[Any, list[torch.Tensor]] = {}
     for tensor in tensors:
-        key = (id(tensor.device_mesh), tensor.placements) if isinstance(tensor, DTensor) else None
+        key = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
         groups.setdefault(key, []).append(tensor)
     return list(groups.values())
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fsdp_testkit.reference as reference
-from fsdp_testkit.backends.base import CAPABILITIES, NO_FEATURES, Features
+from fsdp_testkit.backends.base import CAPABILITIES, NO_FEATURES, PROMISES, Features
 from fsdp_testkit.backends.groups import mesh_of
 from fsdp_testkit.backends.loop import TrainingLoop, recompute
 
@@ -25,7 +25,7 @@ class ReferenceBackend(TrainingLoop):
     """`fsdp_testkit.reference` on the layout's mesh; trains in the model's dtype."""
 
     name = "reference"
-    capabilities = CAPABILITIES
+    capabilities = CAPABILITIES | PROMISES
 
     def load(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from fsdp_testkit.backends.base import CAPABILITIES, Backend
+from fsdp_testkit.backends.base import CAPABILITIES, PROMISES, Backend
 from fsdp_testkit.core.errors import UsageError
 
 #: Built-in names. ``ddp`` is an oracle and cannot be chosen as the implementation under test.
@@ -33,8 +33,9 @@ def make_backend(name: str) -> Backend:
     if not isinstance(backend, Backend):
         missing = [item for item in _MEMBERS if not hasattr(backend, item)]
         raise UsageError(f"backend={name!r} is no Backend: it lacks {', '.join(missing)}")
-    if unknown := sorted(set(backend.capabilities) - CAPABILITIES):
-        raise UsageError(f"backend={name!r} names unknown capabilities {unknown}; known: {sorted(CAPABILITIES)}")
+    known = CAPABILITIES | PROMISES
+    if unknown := sorted(set(backend.capabilities) - known):
+        raise UsageError(f"backend={name!r} names unknown capabilities {unknown}; known: {sorted(known)}")
     return backend
 
 

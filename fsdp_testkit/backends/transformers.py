@@ -29,11 +29,8 @@ class TransformersBackend(TrainingLoop):
     """``from_pretrained(distributed_config=...)``, ``save_pretrained``, DCP and optimizer helpers of transformers."""
 
     name = "transformers"
-    # transformers pins offloaded memory always, for which torch needs an accelerator; what it keeps of a process group
-    # is its own affair
-    capabilities: frozenset[str] = CAPABILITIES - (
-        {"regroup"} if torch.accelerator.is_available() else {"regroup", "cpu_offload"}
-    )
+    # transformers pins offloaded memory always, for which torch needs an accelerator
+    capabilities: frozenset[str] = CAPABILITIES - (set() if torch.accelerator.is_available() else {"cpu_offload"})
 
     def load(
         self,

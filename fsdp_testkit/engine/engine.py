@@ -314,6 +314,7 @@ class Engine:
     def _start(self) -> None:
         if self._harness is None:
             check_supported()
+            regroups = self._hosts is None and "regroup" in self.capabilities
             # the harness's own folder goes also where this process is killed
             self._harness = Harness(
                 start_method=self.settings.start_method,
@@ -324,7 +325,7 @@ class Engine:
             )
             if self.settings.trust_remote_code:
                 self._harness.env.update(consent(self._harness.folder))
-            self._jobs = Jobs(self._harness, regroups=self._hosts is None and "regroup" in self.capabilities)
+            self._jobs = Jobs(self._harness, regroups=regroups)
             self._folder = self._harness.folder / "models"
             self._folder.mkdir()
             # evidence is made of many small objects: the collector would look through all of torch for each model

@@ -71,8 +71,8 @@ class Order:
         role: ``truth``, ``oracle``, ``backend``, ``plain``, ``claims`` or ``lone`` (it breaks its group). Jobs of the
             oracle and of the backend share processes, the oracle's first: nothing that the code under test leaves
             behind reaches those that judge it. So do a plain load and claims. Others are among themselves.
-        follows: whether it goes on from what another job has written. Such a job may run in the first ranks of a larger
-            one, in a process group of its own.
+        follows: whether nothing else waits for it, as for a load of what another job has saved. Such a job may run in
+            the first ranks of a larger one, in a process group of its own.
     """
 
     target: str
@@ -243,13 +243,13 @@ def judge_disagreement(run: Run, failure: JobFailure | None, before: Sequence[st
     ``before`` names the jobs that its ranks had run, ``regrouped`` says whether they had left a larger group since.
     """
     others = f"other jobs before it ({', '.join(before)})" if before else "no other job before it"
-    text = f"failed in ranks that had run {others}, and passed in fresh ones"
-    if regrouped:
-        text += " (they had left a larger process group: a backend that keeps anything of one lacks 'regroup')"
+    left = " and had since left a larger process group" if regrouped else ""
+    text = f"failed in ranks that had run {others}{left}, and passed in fresh ones"
     if failure is None or failure.kind == "hang":
         run.notes.append(f"{text}; the first time it did not end in time")
         return
-    run.failure = f"{text}: {failure.summary}"
+    hint = " (a backend that keeps anything of a process group must not promise 'regroup')" if regrouped else ""
+    run.failure = f"{text}{hint}: {failure.summary}"
     run.report = failure.render()
     run.first_rank = failure.first_rank
     run.evidence.clear()

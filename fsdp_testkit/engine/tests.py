@@ -171,6 +171,8 @@ def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
     full = trained_weights(saved.get(), case.layout)
     tied = is_tied(work.truth(cases[0]))
     outcome = judged(case, saved, lambda: check_trained(saved.get()).add(check_traffic(saved.get())))
+    # the checkpoint is what a single-process save_pretrained writes for this model; judged before anybody loads
+    outcome.verdict.add(check_files(folder, work.checkpoint, tied))
     single = Layout(kind="single")
     layouts = (["fsdp(2)"], ["fsdp(3)"])
     plain, *elsewhere = work.run(
@@ -184,8 +186,6 @@ def save_load(engine: Engine, work: SpecWork) -> list[Outcome]:
             *(load_order(work, case, folder, places) for places in layouts),
         ]
     )
-    # the checkpoint is what a single-process save_pretrained writes for this model
-    outcome.verdict.add(check_files(folder, work.checkpoint, tied))
     outcome.verdict.add(
         judged(
             case,
@@ -408,7 +408,7 @@ def settle(outcome: Outcome, work: SpecWork, case: Case, exact_verdict: Callable
 
 
 def load_order(work: SpecWork, case: Case, folder: Path, layouts: list[str]) -> Order:
-    """Return the load of a saved folder under layouts of one world size, in fresh processes."""
+    """Return the load of a saved folder under layouts of one world size, in processes that did not save it."""
     first = Layout.parse(layouts[0], device=case.layout.device, comm=case.layout.comm)
     return work.order(
         "saving:load",

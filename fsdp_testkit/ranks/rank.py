@@ -85,6 +85,8 @@ class RankContext:
             raise ValueError(f"comm={self.comm!r}: there is no process group to leave")
         import torch.distributed as dist
 
+        # Who waits here for a rank that does not come waits in a collective, as the report of a hang then says.
+        dist.barrier()
         # Peers may still be receiving from this rank: its connections stay open until all have come here.
         come = dist.PrefixStore(f"leave{self.world_size}", self.store)
         if come.add("come", 1) == self.world_size:
@@ -207,10 +209,12 @@ def _settle_in(raw: dict[str, Any], rank: int) -> None:
 def _join(raw: dict[str, Any], rank: int) -> RankContext:
     device, comm, world_size = raw["device"], raw["comm"], raw["world_size"]
     store = None
-    if comm != "none" or device != "cpu" or raw["store_port"]:
+    if comm != "none" or device != "cpu" or raw["store_port"] or "torch" in sys.modules:
         import torch
 
         if device == "cpu":
+            # In a forked process it also renews torch's thread pool. The first call of any thread does so, without a
+            # lock: threads that come at once, such as those of a loader, meet "Invalid thread pool!" (torch 2.13).
             torch.set_num_threads(1)
         else:
             index = device_index(raw["local_ranks"][rank], torch.cuda.device_count())

@@ -96,7 +96,7 @@ def _member(owner: Any, name: Any) -> enum.Enum:
 
 
 class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's classes are untyped here
-    """A `FileSystemReader` whose metadata holds nothing but metadata, and which reads no more than is wanted."""
+    """A `FileSystemReader` whose metadata holds nothing but metadata, and which reads parts of larger chunks."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -136,7 +136,7 @@ class Reader(dist_checkpoint.FileSystemReader):  # type: ignore[misc]  # torch's
         return metadata
 
     def read_data(self, plan: Any, planner: Any) -> Any:
-        """Fill the tensors of a plan: of a stored chunk, only the rows that are wanted, where torch reads all of it."""
+        """Fill the tensors of a plan: of a larger chunk, only the rows that are wanted, where torch reads all of it."""
         left = [item for item in plan.items if not self._read_rows(item, planner)]
         return super().read_data(replace(plan, items=left), planner)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fsdp_testkit.core.case import ModelSpec
+from fsdp_testkit.core.errors import UsageError
 from fsdp_testkit.core.result import Result
-from fsdp_testkit.engine.engine import Engine
+from fsdp_testkit.engine.engine import Engine, Settings
 
 SPEC = ModelSpec(model_type="llama")
 CELLS = [("auto_vs_ddp", "tied"), ("save_load", "tied"), ("dcp", "default"), ("buffers_dtypes", "default")]
@@ -14,6 +15,16 @@ CELLS = [("auto_vs_ddp", "tied"), ("save_load", "tied"), ("dcp", "default"), ("b
 
 def counts(rows: list[Result]) -> list[tuple[str, str, int, int]]:
     return [(row.layout, row.outcome, row.checks, row.tensors) for row in rows]
+
+
+def test_a_backend_that_cannot_be_made_is_said_each_time() -> None:
+    engine = Engine(Settings(backend="nosuch.module:Backend"))
+    engine.expect(SPEC, CELLS)
+    for cell in CELLS[:2]:
+        with pytest.raises(UsageError, match="cannot be imported"):
+            engine.run_test(SPEC, *cell)
+    assert engine._harness is None
+    engine.close()
 
 
 def test_together_as_alone(fresh_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

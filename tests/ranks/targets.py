@@ -75,6 +75,15 @@ def regroup_refused(context, size):
     return ""
 
 
+def regroup_too_early(context):
+    """Rank 0 has one collective more than the others, which go on to leave the group."""
+    context.observe()
+    if context.rank == 0:
+        reduce(context)
+    context.regroup(1)
+    return {}
+
+
 def regroup_and_fail(context, how):
     """Rank 2 leaves the group, rank 0 fails in the smaller one."""
     smaller = context.regroup(2)

@@ -92,6 +92,17 @@ def test_trouble_in_a_smaller_group_is_told_as_any(harness: Harness, how: str, k
     report.discard()
 
 
+def test_a_mismatch_before_a_change_of_group_is_noticed_as_any(harness: Harness) -> None:
+    report = harness.run(Job(target="targets:regroup_too_early", world_size=3, deadline=60, stall=1.0))
+    assert report.failure is not None
+    text = report.failure.render()
+    assert report.failure.kind == "hang"
+    assert report.seconds < 30, text
+    assert "rank 0 waits in all_reduce" in text
+    assert "barrier" in text
+    report.discard()
+
+
 def test_ranks_see_the_parents_environment_and_path_of_now(
     harness: Harness, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, XLNetConfig, XLNetLMHeadModel
 
-from fsdp_testkit.reference import LoadError, load, load_sharded
+from fsdp_testkit.reference import LoadError, dcp, load, load_sharded
 from fsdp_testkit.reference.dcp import single_process
 from fsdp_testkit.reference.files import Checkpoint
 
@@ -169,7 +169,11 @@ def test_a_rank_reads_only_its_rows_of_a_dcp_folder(tmp_path: Path, claim: Any, 
             assert torch.equal(parameter.to_local(), expected), name
 
 
-def test_a_dcp_chunk_that_lies_otherwise_is_read_whole(tmp_path: Path, claim: Any) -> None:
+@pytest.mark.parametrize("small_chunk", [0, dcp.SMALL])
+def test_a_dcp_chunk_that_lies_otherwise_is_read_whole(
+    tmp_path: Path, claim: Any, monkeypatch: pytest.MonkeyPatch, small_chunk: int
+) -> None:
+    monkeypatch.setattr(dcp, "SMALL", small_chunk)
     whole = small.build("llama")
     whole.config.architectures = ["LlamaForCausalLM"]
     whole.config.save_pretrained(tmp_path)

@@ -9,11 +9,12 @@ import local_ranks
 import pytest
 import small
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fsdp_testkit.backends.base import Backend, MicroBatch, OptimizerConfig
-from fsdp_testkit.backends.loop import TrainingLoop
+from fsdp_testkit.backends.loop import TrainingLoop, by_layout
 from fsdp_testkit.backends.reference import ReferenceBackend
 from fsdp_testkit.reference import load_sharded
 
@@ -105,3 +106,14 @@ def test_arguments() -> None:
 
 def test_reference_is_a_backend() -> None:
     assert isinstance(ReferenceBackend(), Backend)
+
+
+def test_tensors_of_equal_meshes_are_one_group(claim: Any) -> None:
+    # as where DTensor remembers a result of an earlier load, which made a mesh of its own
+    meshes = [claim(0, 2), DeviceMesh("cpu", [0, 1])]
+    assert meshes[0] is not meshes[1]
+    tensors = [DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False) for mesh in meshes]
+    whole = DTensor.from_local(torch.ones(2), meshes[0], [Replicate()], run_check=False)
+    groups = by_layout([tensors[0], whole, torch.ones(2), tensors[1]])
+    assert [len(group) for group in groups] == [2, 1, 1]
+    assert groups[0][1] is tensors[1]
