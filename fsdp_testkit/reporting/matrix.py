@@ -124,7 +124,7 @@ def _table(rows: Sequence[Result], order: Sequence[str], verbose: bool) -> list[
         key = (row.model_type, row.test, row.variant)
         if key not in cells or ranks[row.outcome] < ranks[cells[key]]:
             cells[key] = row.outcome
-    models = list(dict.fromkeys(row.model_type for row in rows))
+    models = sorted({row.model_type for row in rows})  # workers end in any order
     shown = models if verbose or len(models) <= ALL_LINES else _notable(models, cells)
     width = max([len("model"), *(len(name) for name in shown)])
     lines = _header(columns, width)
