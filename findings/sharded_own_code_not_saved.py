@@ -10,10 +10,8 @@ import torch
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
-class MineConfig(LlamaConfig):
-    model_type = "mine"
-class MineForCausalLM(LlamaForCausalLM):
-    config_class = MineConfig
+class MineConfig(LlamaConfig): model_type = "mine"
+class MineForCausalLM(LlamaForCausalLM): config_class = MineConfig
 MineConfig.register_for_auto_class()
 MineForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 """
@@ -46,7 +44,6 @@ if __name__ == "__main__":
         sys.path.append(folder)
         from modeling_mine import MineConfig, MineForCausalLM
 
-        config = MineConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-        MineForCausalLM(config).save_pretrained(f"{folder}/whole")
+        MineForCausalLM(MineConfig(hidden_size=64, num_hidden_layers=2)).save_pretrained(f"{folder}/whole")
         torch.multiprocessing.spawn(rank_main, args=(folder,), nprocs=2)
         sys.exit(torch.load(f"{folder}/wrong.pt"))

@@ -24,9 +24,8 @@ def rank_main(rank: int, folder: str, vocabulary: int, batches: list[torch.Tenso
     model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
     actual = train(model, [batch[rank::2] for batch in batches]) / 2  # two ranks train on halves of it
     torch.distributed.all_reduce(actual)
-    embedding = model.model.embed_tokens.weight.full_tensor()  # what the optimizer updates
-    model.unshard()  # the root unit: what the forward multiplies by
-    gap = (model.lm_head.weight - embedding).abs().max().item()
+    model.unshard()  # the root unit, whose head the forward multiplies by; the embedding is what the optimizer updates
+    gap = (model.lm_head.weight - model.model.embed_tokens.weight.full_tensor()).abs().max().item()
     if rank == 0:
         print(f"vocabulary {vocabulary} on 2 ranks\n  loss, one process {[round(loss, 4) for loss in truth.tolist()]}")
         print(f"  loss, two ranks   {[round(loss, 4) for loss in actual.tolist()]}")
