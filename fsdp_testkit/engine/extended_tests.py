@@ -19,7 +19,7 @@ from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.explain import look_closer
 from fsdp_testkit.engine.judge import judge_training
 from fsdp_testkit.engine.outcome import Outcome, judged
-from fsdp_testkit.engine.tests import FSDP2, MAX_NORMS, auto_case, capabilities, doubted_again, ignored_tie, settle
+from fsdp_testkit.engine.tests import FSDP2, MAX_NORMS, auto_case, doubted_again, ignored_tie, settle
 from fsdp_testkit.engine.work import Run, SpecWork
 from fsdp_testkit.models.plans import manual_plan
 
@@ -141,7 +141,7 @@ def repeated_saving(engine: Engine, work: SpecWork) -> list[Outcome]:
     """Eight saves and loads in one process, alternately in the formats that the backend has."""
     case = replace(auto_case(engine, work, "repeated_saving"), scenario="repeat", steps=1)
     work.prepare([auto_case(engine, work, "auto_vs_ddp")])
-    formats = [name for name in FORMATS if name in capabilities(engine)]
+    formats = [name for name in FORMATS if name in engine.capabilities]
     arguments = {
         "case": case.to_json(),
         "checkpoint": str(work.checkpoint),

@@ -13,7 +13,7 @@ from fsdp_testkit.core.case import Case
 from fsdp_testkit.core.finding import Verdict
 from fsdp_testkit.core.layout import Layout
 from fsdp_testkit.engine.outcome import Outcome, judged
-from fsdp_testkit.engine.tests import FSDP2, auto_case, capabilities, is_tied, judge_load, load_order
+from fsdp_testkit.engine.tests import FSDP2, auto_case, is_tied, judge_load, load_order
 from fsdp_testkit.engine.work import Run, SpecWork
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ FORMATS = ("safetensors", "dcp")
 def offloaded_save(engine: Engine, work: SpecWork) -> list[Outcome]:
     """Parameters that live on the CPU: trained, saved in each format, loaded again."""
     case = replace(engine.case(work, "offloaded_save", FSDP2, steps=2), scenario="save").with_options(cpu_offload=True)
-    formats = tuple(name for name in FORMATS if name in capabilities(engine))
+    formats = tuple(name for name in FORMATS if name in engine.capabilities)
     return [saved_and_reloaded(engine, work, case, "saving:save", formats, nothing_more)]
 
 

@@ -70,7 +70,7 @@ def sharding_structure(engine: Engine, work: SpecWork) -> list[Outcome]:
     case = replace(cases[0], options=()).with_options(test="sharding_structure")
     run = work.train(case)
     outcomes = [judged(case, run, lambda: check_structure(run.get(), tree, case.layout))]
-    if "fake" not in capabilities(engine):
+    if "fake" not in engine.capabilities:
         reason = f"backend {case.backend} cannot load under a fake process group"
         return [*outcomes, *(replace_layout(Outcome.not_applicable(reason), layout) for layout in CLAIMED)]
     claims = [
@@ -279,7 +279,7 @@ def meta_init(engine: Engine, work: SpecWork) -> list[Outcome]:
     )
     if not run.failure:
         outcome.extra["load"] = [evidence.facts["load"] for evidence in run.get()]
-    if "hsdp" in capabilities(engine) and not outcome.verdict.findings:
+    if "hsdp" in engine.capabilities and not outcome.verdict.findings:
         twice = replace(case, layout=hsdp_case(engine, work).layout)
         again = work.cached("meta:run", twice, {"checkpoint": str(work.checkpoint)})
         found = judged(twice, again, lambda: check_meta_init(again.get(), twice.layout, twice.backend))
@@ -446,11 +446,6 @@ def is_tied(truth: Evidence) -> bool:
 def frozen_names(truth: Evidence) -> list[str]:
     """Return the parameters that the case froze."""
     return [name for name, facts in truth.facts["parameters"].items() if not facts["requires_grad"]]
-
-
-def capabilities(engine: Engine) -> frozenset[str]:
-    """Return what the backend under test can express."""
-    return engine.capabilities
 
 
 def replace_layout(outcome: Outcome, layout: Layout) -> Outcome:

@@ -131,29 +131,11 @@ class SpecWork:
             self._runs[key] = self.job(target, arguments, case.layout, name=describe(case), follows=follows)
         return self._runs[key]
 
-    def job(
-        self,
-        target: str,
-        args: dict[str, Any],
-        layout: Layout,
-        *,
-        name: str,
-        comm: str = "",
-        follows: bool = False,
-    ) -> Run:
+    def job(self, target: str, args: dict[str, Any], layout: Layout, *, name: str, follows: bool = False) -> Run:
         """Run a scenario function on the layout's ranks and collect its evidence."""
-        return self.run([self.order(target, args, layout, name=name, comm=comm, follows=follows)])[0]
+        return self.run([self.order(target, args, layout, name=name, follows=follows)])[0]
 
-    def order(
-        self,
-        target: str,
-        args: dict[str, Any],
-        layout: Layout,
-        *,
-        name: str,
-        comm: str = "",
-        follows: bool = False,
-    ) -> Order:
+    def order(self, target: str, args: dict[str, Any], layout: Layout, *, name: str, follows: bool = False) -> Order:
         """Return a scenario function on the layout's ranks as an order for `run`; ``follows`` as in `Order`."""
         case = args.get("case") or next(iter(args.get("cases", [])), "")
         if case and not self._warm:
@@ -163,7 +145,7 @@ class SpecWork:
             target=target,
             args=args,
             layout=layout,
-            comm=comm or ("none" if layout.kind == "single" else layout.comm),
+            comm="none" if layout.kind == "single" else layout.comm,
             name=name,
             deadline=self._deadline,
             role=role(target, case),
